@@ -1,0 +1,3 @@
+//! The vublk daemon.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Guest memory, directed iterators over descriptor chains, holds and the dirty log.
