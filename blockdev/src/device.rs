@@ -1,0 +1,117 @@
+//! The two traits every device implements.
+
+use std::fmt::Debug;
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use iov_iter::MemoryNeeds;
+
+use crate::geometry::Geometry;
+use crate::op::{Op, Tag};
+use crate::open::OpenError;
+use crate::ring::Ring;
+
+/// Something that stores blocks.
+///
+/// It is shared by all workers and does no I/O itself: each worker opens a [`Channel`] into it on
+/// its own thread, over its own [`Ring`].
+pub trait BlockDevice: Send + Sync + Debug {
+    /// What logs call it: the path, `memory`, `null`.
+    fn name(&self) -> String;
+
+    /// Size, block size and access, as they are now.
+    fn geometry(&self) -> Geometry;
+
+    /// What it can do. Does not change while the device lives.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Opens one worker's path into the device. Called on that worker's thread; the channel is only
+    /// ever used with the ring it was opened with and is dropped before it.
+    ///
+    /// # Errors
+    /// When the device has no means left for another channel (descriptors, threads).
+    fn open_channel(&self, ring: &mut Ring) -> Result<Box<dyn Channel>, OpenError>;
+
+    /// Asks for the size again, after the image was resized. Ops that ended beyond a new, smaller
+    /// size fail with [`crate::IoError::OutOfRange`].
+    ///
+    /// # Errors
+    /// When the size cannot be read; the geometry stays as it was.
+    fn refresh(&self) -> io::Result<Geometry>;
+}
+
+/// One worker's path into a device.
+pub trait Channel {
+    /// Takes the op; exactly one [`crate::Completion`] with this tag follows from [`Ring::reap`].
+    /// Never fails and never blocks: an error is a completion.
+    ///
+    /// Nothing reaches the kernel before [`Ring::submit`]. The tag must be free; ops of one batch
+    /// may complete in any order, and overlapping ones may take effect in any order.
+    fn prep(&mut self, ring: &mut Ring, tag: Tag, op: Op);
+
+    /// An eventfd to watch, when this channel completes ops on threads of its own.
+    fn event(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Moves what its threads finished into the ring. Called when `event` was readable.
+    fn collect(&mut self, ring: &mut Ring);
+}
+
+/// What a device can do beyond reading and writing.
+#[derive(Clone, Copy, Debug)]
+pub struct Capabilities {
+    /// Limits of discard, or `None` when it is not supported.
+    pub discard: Option<DiscardLimits>,
+    /// Limits of write-zeroes, or `None` when it is not supported.
+    pub write_zeroes: Option<WriteZeroesLimits>,
+    /// What memory must look like to be handed to [`Channel::prep`].
+    pub memory: MemoryNeeds,
+    /// Whether a flush has anything to do.
+    pub caching: Caching,
+    /// Whether ops in flight can be taken back.
+    pub abort: Abort,
+}
+
+/// Limits of one discard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiscardLimits {
+    /// The longest range, in sectors.
+    pub max_sectors: u32,
+    /// What ranges should be aligned to for space to come free, in sectors.
+    pub alignment_sectors: u32,
+}
+
+/// Limits of one write-zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WriteZeroesLimits {
+    /// The longest range, in sectors.
+    pub max_sectors: u32,
+    /// Whether [`crate::Unmap::Allowed`] can give space back.
+    pub may_unmap: MayUnmap,
+}
+
+/// Whether a write-zeroes that allows it gives space back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MayUnmap {
+    /// It does where it can.
+    Yes,
+    /// It never does.
+    No,
+}
+
+/// Whether a completed write can still be lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Caching {
+    /// A write that is not durable may be lost until a flush.
+    Volatile,
+    /// A completed write is as stable as it will ever be.
+    None,
+}
+
+/// Whether a device can end what it has in flight early, without it taking effect later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Abort {
+    /// What the kernel has cannot be called back.
+    Impossible,
+    /// It can.
+    Possible,
+}

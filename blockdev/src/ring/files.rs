@@ -1,0 +1,61 @@
+//! The files a ring does I/O on.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+
+/// What kind of file a device does I/O on; decides how space is given back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileKind {
+    /// A file in a file system.
+    Regular,
+    /// A block special.
+    Block,
+}
+
+/// A file that a ring knows; made by [`super::Ring::register_file`] and only valid for that ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileSlot(pub(super) u32);
+
+/// One registered file. The ring has a descriptor of its own, so the device may close its one.
+#[derive(Debug)]
+pub(super) struct File {
+    fd: OwnedFd,
+    pub(super) kind: FileKind,
+    /// The index in io_uring's table of registered files, when it is there.
+    pub(super) fixed: Option<u32>,
+    /// Whether FALLOC_FL_PUNCH_HOLE has not been refused yet.
+    pub(super) punches: bool,
+    /// Whether FALLOC_FL_ZERO_RANGE has not been refused yet.
+    pub(super) zeroes: bool,
+}
+
+impl File {
+    pub(super) fn new(fd: BorrowedFd<'_>, kind: FileKind) -> io::Result<Self> {
+        let fd = fd.try_clone_to_owned()?;
+        Ok(Self {
+            fd,
+            kind,
+            fixed: None,
+            punches: true,
+            zeroes: true,
+        })
+    }
+
+    pub(super) fn raw(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+
+    /// Punching was refused; write-zeroes takes another way from now on.
+    pub(super) fn cannot_punch(&mut self) {
+        if std::mem::replace(&mut self.punches, false) {
+            log::debug!("holes cannot be punched here: write-zeroes keeps the space");
+        }
+    }
+
+    /// Zeroing in place was refused; zeroes are written from now on.
+    pub(super) fn cannot_zero(&mut self) {
+        if std::mem::replace(&mut self.zeroes, false) {
+            log::debug!("ranges cannot be zeroed in place here: write-zeroes writes zeroes");
+        }
+    }
+}

@@ -1,0 +1,308 @@
+//! An op in flight: which call it needs next, and what an answer means for it.
+
+#![expect(
+    unsafe_code,
+    reason = "a static array of raw vectors is shared between threads"
+)]
+
+use libc::{c_int, iovec};
+
+use super::call::{Call, Vectors};
+use super::files::{File, FileKind};
+use crate::completion::{IoError, Verdict, settle};
+use crate::geometry::Extent;
+use crate::op::{Durability, Op, Unmap};
+
+/// What an op in a slot waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    /// A device's own threads; no call of the ring's.
+    Parked,
+    /// Reading or writing the op's memory.
+    Move,
+    /// Giving space back: FALLOC_FL_PUNCH_HOLE, which leaves zeroes.
+    Punch,
+    /// Zeroing in place: FALLOC_FL_ZERO_RANGE.
+    ZeroRange,
+    /// Writing zeroes from this byte of the extent on, for want of a better way.
+    ZeroFill(u64),
+    /// ioctl(BLKDISCARD).
+    Discard,
+    /// The fdatasync that ends a flush or a durable change.
+    Sync,
+}
+
+/// An op, and how far it is.
+#[derive(Debug)]
+pub(super) struct Flight {
+    pub(super) op: Op,
+    pub(super) file: u32,
+    pub(super) step: Step,
+    pub(super) moved: u32,
+    /// Whether a call of it was made and not answered.
+    pub(super) calling: bool,
+    idle_tries: u8,
+}
+
+/// What follows an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// Another call.
+    Call,
+    /// The op ends.
+    End(Result<(), IoError>),
+}
+
+impl Flight {
+    /// An op that a device's own threads work on.
+    pub(super) fn parked(op: Op) -> Self {
+        Self {
+            op,
+            file: 0,
+            step: Step::Parked,
+            moved: 0,
+            calling: false,
+            idle_tries: 0,
+        }
+    }
+
+    /// An op on `file`; the error is for an op the file is known not to support.
+    pub(super) fn new(op: Op, index: u32, file: &File) -> Self {
+        let step = match &op {
+            Op::Read { .. } | Op::Write { .. } => Step::Move,
+            Op::Flush { .. } => Step::Sync,
+            Op::Discard { .. } => match file.kind {
+                FileKind::Regular => Step::Punch,
+                FileKind::Block => Step::Discard,
+            },
+            Op::WriteZeroes { unmap, .. } => match unmap {
+                Unmap::Allowed if file.punches => Step::Punch,
+                Unmap::Allowed | Unmap::Forbidden if file.zeroes => Step::ZeroRange,
+                Unmap::Allowed | Unmap::Forbidden => Step::ZeroFill(0),
+            },
+        };
+        Self {
+            op,
+            file: index,
+            step,
+            moved: 0,
+            calling: false,
+            idle_tries: 0,
+        }
+    }
+
+    /// Whether its calls go to io_uring, where there is one, rather than to the helper threads.
+    pub(super) fn is_kernels(&self) -> bool {
+        match self.step {
+            Step::Move | Step::ZeroFill(_) | Step::Sync => true,
+            Step::Parked | Step::Punch | Step::ZeroRange | Step::Discard => false,
+        }
+    }
+
+    /// The call it needs now; `None` while it is parked.
+    pub(super) fn call(&self) -> Option<Call> {
+        let at = self.op.extent().unwrap_or(EMPTY);
+        let here = at.offset().saturating_add(u64::from(self.moved));
+        match (self.step, &self.op) {
+            (Step::Parked, _) => None,
+            (Step::Move, Op::Read { into, .. }) => Some(Call::Read {
+                memory: Vectors::new(into.vectors()),
+                offset: here,
+            }),
+            (
+                Step::Move,
+                Op::Write {
+                    from, durability, ..
+                },
+            ) => Some(Call::Write {
+                memory: Vectors::new(from.vectors()),
+                offset: here,
+                flags: write_flags(*durability),
+            }),
+            (Step::Punch, _) => Some(fallocate(libc::FALLOC_FL_PUNCH_HOLE, at)),
+            (Step::ZeroRange, _) => Some(fallocate(libc::FALLOC_FL_ZERO_RANGE, at)),
+            (Step::ZeroFill(done), _) => {
+                let rest = at.advance(done);
+                Some(Call::Write {
+                    memory: zeroes(rest.len()),
+                    offset: rest.offset(),
+                    flags: 0,
+                })
+            }
+            (Step::Discard, _) => Some(Call::Discard {
+                offset: at.offset(),
+                len: at.len(),
+            }),
+            (
+                Step::Sync | Step::Move,
+                Op::Flush { .. }
+                | Op::Discard { .. }
+                | Op::WriteZeroes { .. }
+                | Op::Read { .. }
+                | Op::Write { .. },
+            ) => Some(Call::Sync),
+        }
+    }
+
+    /// Takes the answer to [`Self::call`]; remembers in `file` what it cannot do.
+    pub(super) fn answer(&mut self, res: i32, file: &mut File) -> Next {
+        match self.step {
+            Step::Parked => Next::End(Err(IoError::Os(libc::EIO))),
+            Step::Move => self.moved_by(res),
+            Step::ZeroFill(done) => self.filled_by(done, res),
+            Step::Sync | Step::Punch | Step::ZeroRange | Step::Discard => match settle(0, res) {
+                Verdict::Done | Verdict::Partial(_) => self.changed(),
+                Verdict::Again => self.again(res),
+                Verdict::Failed(error) => self.refused(error, file),
+            },
+        }
+    }
+
+    /// Read and write: counts what arrived and goes on with the rest.
+    fn moved_by(&mut self, res: i32) -> Next {
+        let want = u32::try_from(self.op.payload()).unwrap_or(u32::MAX);
+        match settle(want.saturating_sub(self.moved), res) {
+            Verdict::Done => {
+                self.moved = want;
+                Next::End(Ok(()))
+            }
+            Verdict::Partial(got) => {
+                self.moved = self.moved.saturating_add(got);
+                self.idle_tries = 0;
+                match &mut self.op {
+                    Op::Read { into, .. } => into.advance(got as usize),
+                    Op::Write { from, .. } => from.advance(got as usize),
+                    Op::Flush { .. } | Op::Discard { .. } | Op::WriteZeroes { .. } => {}
+                }
+                Next::Call
+            }
+            Verdict::Again => self.again(res),
+            Verdict::Failed(IoError::Short { .. }) => Next::End(Err(IoError::Short {
+                want,
+                got: self.moved,
+            })),
+            Verdict::Failed(error) => Next::End(Err(error)),
+        }
+    }
+
+    /// Write-zeroes by writing: goes on until the extent is full.
+    fn filled_by(&mut self, done: u64, res: i32) -> Next {
+        let left = self.op.extent().unwrap_or(EMPTY).len().saturating_sub(done);
+        match settle(u32::try_from(left).unwrap_or(u32::MAX), res) {
+            Verdict::Done => self.changed(),
+            Verdict::Partial(got) => {
+                self.idle_tries = 0;
+                self.step = Step::ZeroFill(done.saturating_add(u64::from(got)));
+                Next::Call
+            }
+            Verdict::Again => self.again(res),
+            Verdict::Failed(error) => Next::End(Err(error)),
+        }
+    }
+
+    /// The change is made; a durable one still has to reach stable storage.
+    fn changed(&mut self) -> Next {
+        if self.step != Step::Sync && self.op.durability() == Durability::Durable {
+            self.step = Step::Sync;
+            self.idle_tries = 0;
+            return Next::Call;
+        }
+        Next::End(Ok(()))
+    }
+
+    /// The call failed: tries the next way to the same end, where there is one.
+    fn refused(&mut self, error: IoError, file: &mut File) -> Next {
+        // A file system that cannot do it says EOPNOTSUPP; a block driver without discard
+        // EOPNOTSUPP too, an old one ENOTTY.
+        let unsupported = matches!(
+            error,
+            IoError::Os(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY | libc::ENODEV)
+        );
+        if !unsupported {
+            return Next::End(Err(error));
+        }
+        let discard = matches!(self.op, Op::Discard { .. });
+        match self.step {
+            Step::Punch if !discard => {
+                file.cannot_punch();
+                self.step = if file.zeroes {
+                    Step::ZeroRange
+                } else {
+                    Step::ZeroFill(0)
+                };
+                Next::Call
+            }
+            Step::ZeroRange => {
+                file.cannot_zero();
+                self.step = Step::ZeroFill(0);
+                Next::Call
+            }
+            Step::Punch | Step::Discard => Next::End(Err(IoError::Unsupported)),
+            Step::Parked | Step::Move | Step::ZeroFill(_) | Step::Sync => Next::End(Err(error)),
+        }
+    }
+
+    /// The kernel asked for the same call again; it gets it a few times in a row.
+    fn again(&mut self, res: i32) -> Next {
+        self.idle_tries = self.idle_tries.saturating_add(1);
+        if self.idle_tries > MAX_IDLE_TRIES {
+            return Next::End(Err(IoError::Os(res.saturating_neg())));
+        }
+        Next::Call
+    }
+}
+
+/// RWF_DSYNC makes one write stable before it completes, without a flush of all the others.
+fn write_flags(durability: Durability) -> c_int {
+    match durability {
+        Durability::Cached => 0,
+        Durability::Durable => libc::RWF_DSYNC,
+    }
+}
+
+/// fallocate over an extent; none of the modes used here may change the file's size.
+fn fallocate(mode: c_int, at: Extent) -> Call {
+    let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
+    Call::Fallocate {
+        mode,
+        offset: at.offset(),
+        len: at.len(),
+    }
+}
+
+/// Up to a mebibyte of zeroes, in memory aligned for any O_DIRECT.
+fn zeroes(len: u64) -> Vectors {
+    let chunk = ZEROES.0.len() as u64;
+    if len >= chunk {
+        let count = (len / chunk).min(ZERO_VECTORS.0.len() as u64);
+        return Vectors::Many(ZERO_VECTORS.0.as_ptr(), u32::try_from(count).unwrap_or(1));
+    }
+    let iov_len = usize::try_from(len).unwrap_or(0);
+    Vectors::One(iovec {
+        iov_base: (&raw const ZEROES).cast_mut().cast(),
+        iov_len,
+    })
+}
+
+/// Answers without progress in a row before an op fails with them.
+const MAX_IDLE_TRIES: u8 = 16;
+
+/// What an op without an extent works on.
+const EMPTY: Extent = Extent::EMPTY;
+
+#[repr(align(4096))]
+struct Zeroes([u8; 65536]);
+
+static ZEROES: Zeroes = Zeroes([0; 65536]);
+
+struct ZeroVectors([iovec; 16]);
+
+// SAFETY: the vectors point to an immutable static and are only ever handed to calls that read.
+unsafe impl Sync for ZeroVectors {}
+
+static ZERO_VECTORS: ZeroVectors = ZeroVectors(
+    [iovec {
+        iov_base: (&raw const ZEROES).cast_mut().cast(),
+        iov_len: 65536,
+    }; 16],
+);

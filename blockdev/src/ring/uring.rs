@@ -1,0 +1,483 @@
+//! The io_uring engine.
+
+#![expect(
+    unsafe_code,
+    reason = "submission entries point to memory that the ring's slots own"
+)]
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::time::Duration;
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::call::{Call, Vectors};
+use super::engine::Report;
+use super::files::File;
+use super::watches::{Target, Watch, Watches};
+
+/// One io_uring and what is known about it.
+///
+/// # Invariants
+/// An entry with [`Kind::Call`] points to memory of the slot it names; the ring above keeps that
+/// slot until [`Report::Answer`] for it came out of [`Self::next`].
+pub(super) struct Uring {
+    ring: IoUring,
+    /// Entries that found the submission queue full; they go first in the next submit.
+    backlog: VecDeque<squeue::Entry>,
+    /// Completions taken out of the kernel's queue to make room in it.
+    spilled: VecDeque<cqueue::Entry>,
+    watches: Watches,
+    files: FileTable,
+    notify: Notify,
+    multishot: bool,
+    notify_failed: bool,
+}
+
+/// Where registered files go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FileTable {
+    /// Not asked for yet.
+    Untried,
+    /// This many of [`FIXED_FILES`] entries are taken.
+    Used(u32),
+    /// The kernel refused; plain descriptors do.
+    Refused,
+}
+
+/// How a call eventfd is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Notify {
+    /// As an entry of the next submit; the flags are what the kernel understands of
+    /// "no completion when it worked".
+    Entry(squeue::Flags),
+    /// At once, by a system call: the kernel cannot write to an eventfd without waiting.
+    Direct,
+}
+
+impl Uring {
+    /// A ring for the calling thread, with as much of the set-up as the kernel understands.
+    pub(super) fn new() -> io::Result<Self> {
+        let ring = build()?;
+        let mut uring = Self {
+            ring,
+            backlog: VecDeque::new(),
+            spilled: VecDeque::new(),
+            watches: Watches::default(),
+            files: FileTable::Untried,
+            notify: Notify::Direct,
+            multishot: true,
+            notify_failed: false,
+        };
+        uring.notify = uring.probe_notify()?;
+        Ok(uring)
+    }
+
+    /// Queues a call of the op in slot `index`; false for calls that would only block a thread of
+    /// the kernel's, and that the helper threads make instead.
+    ///
+    /// # Safety
+    /// What the call points to stays valid until the [`Report::Answer`] with this index came out
+    /// of [`Self::next`], or until this value was dropped with nothing of it submitted.
+    pub(super) unsafe fn call(
+        &mut self,
+        index: u32,
+        generation: u32,
+        file: &File,
+        call: &Call,
+    ) -> bool {
+        let Some(entry) = entry(file, call) else {
+            return false;
+        };
+        self.push(entry.user_data(pack(Kind::Call, generation, index)));
+        true
+    }
+
+    /// Watches an fd until [`Self::unwatch`].
+    pub(super) fn watch(&mut self, fd: OwnedFd, target: Target) -> io::Result<Watch> {
+        let full = || io::Error::from_raw_os_error(libc::ENOSPC);
+        let watch = self.watches.insert(fd, target).ok_or_else(full)?;
+        self.arm(watch);
+        Ok(watch)
+    }
+
+    /// Ends a watch; [`Report::Unwatched`] follows.
+    pub(super) fn unwatch(&mut self, watch: Watch) {
+        if let Some(watched) = self.watches.get_mut(watch)
+            && !watched.ending
+        {
+            watched.ending = true;
+            self.disarm(watch);
+        }
+    }
+
+    /// Adds one to an eventfd, as an entry of the next submit.
+    pub(super) fn notify(&mut self, fd: BorrowedFd<'_>) {
+        match self.notify {
+            Notify::Entry(flags) => {
+                let entry = notify_entry(fd.as_raw_fd()).flags(flags);
+                self.push(entry.user_data(pack(Kind::Notify, 0, 0)));
+            }
+            Notify::Direct => super::write_event(fd),
+        }
+    }
+
+    /// Puts a file into the kernel's table, if there is one and it has room.
+    pub(super) fn register(&mut self, fd: RawFd) -> Option<u32> {
+        if self.files == FileTable::Untried {
+            let registered = self.ring.submitter().register_files_sparse(FIXED_FILES);
+            self.files = match registered {
+                Ok(()) => FileTable::Used(0),
+                Err(_) => FileTable::Refused,
+            };
+        }
+        let FileTable::Used(used) = self.files else {
+            return None;
+        };
+        if used >= FIXED_FILES {
+            return None;
+        }
+        let updated = self.ring.submitter().register_files_update(used, &[fd]);
+        if !matches!(updated, Ok(1)) {
+            return None;
+        }
+        self.files = FileTable::Used(used + 1);
+        Some(used)
+    }
+
+    /// Whether [`Self::next`] has something without a system call.
+    pub(super) fn is_ready(&mut self) -> bool {
+        !self.spilled.is_empty() || !self.ring.completion().is_empty()
+    }
+
+    /// Hands everything queued to the kernel, and waits for one completion if `wait` says so and
+    /// none is there. May come back without one after a signal.
+    pub(super) fn submit(&mut self, wait: bool) -> io::Result<()> {
+        let mut refusals = 0u32;
+        loop {
+            self.refill();
+            let ready = self.is_ready();
+            let queue = self.ring.submission();
+            let queued = queue.len();
+            let kernel_asks = queue.taskrun() || queue.cq_overflow();
+            drop(queue);
+            let want = usize::from(wait && !ready);
+            if queued == 0 && want == 0 && !kernel_asks {
+                return Ok(());
+            }
+            match self.ring.submitter().submit_and_wait(want) {
+                Ok(taken) if taken >= queued && self.backlog.is_empty() => return Ok(()),
+                Ok(_) => {}
+                Err(error) => match error.raw_os_error() {
+                    // Nothing was queued then: a signal ended the wait.
+                    Some(libc::EINTR) => return Ok(()),
+                    // The completion queue overflowed, or the kernel is out of memory.
+                    Some(libc::EBUSY | libc::EAGAIN) if refusals < MAX_REFUSALS => {
+                        self.spill();
+                        refusals += 1;
+                        if refusals > 16 {
+                            std::thread::sleep(Duration::from_micros(100));
+                        }
+                    }
+                    _ => return Err(error),
+                },
+            }
+        }
+    }
+
+    /// The next thing that happened, in the kernel's order.
+    pub(super) fn next(&mut self) -> Option<Report> {
+        loop {
+            let entry = match self.spilled.pop_front() {
+                Some(entry) => entry,
+                None => self.ring.completion().next()?,
+            };
+            let (kind, generation, index) = unpack(entry.user_data());
+            let report = match kind {
+                Some(Kind::Call) => Some(Report::Answer {
+                    index,
+                    generation,
+                    res: entry.result(),
+                }),
+                Some(Kind::Watch) => self.watched(Watch { index, generation }, &entry),
+                Some(Kind::Cancel) => {
+                    self.cancelled(Watch { index, generation }, entry.result());
+                    None
+                }
+                Some(Kind::Notify) => {
+                    self.notified(entry.result());
+                    None
+                }
+                None => None,
+            };
+            if report.is_some() {
+                return report;
+            }
+        }
+    }
+
+    /// A poll's completion: the fd was written to, or the poll ended.
+    fn watched(&mut self, watch: Watch, entry: &cqueue::Entry) -> Option<Report> {
+        let watched = self.watches.get_mut(watch)?;
+        let (target, ending, fd) = (watched.target, watched.ending, watched.raw());
+        if !cqueue::more(entry.flags()) {
+            if ending || !self.rearm(watch, entry.result(), fd) {
+                drop(self.watches.remove(watch));
+                return match target {
+                    Target::User(token) => Some(Report::Unwatched(token)),
+                    Target::Helpers => None,
+                };
+            }
+        } else if ending {
+            return None;
+        }
+        match target {
+            _ if entry.result() < 0 => None,
+            Target::User(token) => Some(Report::Ready(token)),
+            Target::Helpers => Some(Report::Helpers),
+        }
+    }
+
+    /// Starts a poll that ended by itself anew; false when it cannot go on.
+    fn rearm(&mut self, watch: Watch, res: i32, fd: RawFd) -> bool {
+        if res >= 0 {
+            if !self.multishot {
+                // Each new poll looks at the level, so the counter must not stay up.
+                super::read_event(fd);
+            }
+        } else if res == -libc::EINVAL && self.multishot {
+            log::info!("this kernel has no multishot poll, every wake-up re-arms it");
+            self.multishot = false;
+        } else {
+            let error = io::Error::from_raw_os_error(res.saturating_neg());
+            log::error!("watching an eventfd ended: {error}");
+            return false;
+        }
+        self.arm(watch);
+        true
+    }
+
+    fn arm(&mut self, watch: Watch) {
+        let Some(fd) = self.watches.get_mut(watch).map(|watched| watched.raw()) else {
+            return;
+        };
+        let events = u32::try_from(libc::POLLIN).unwrap_or_default();
+        let entry = opcode::PollAdd::new(types::Fd(fd), events)
+            .multi(self.multishot)
+            .build();
+        self.push(entry.user_data(pack(Kind::Watch, watch.generation, watch.index)));
+    }
+
+    fn disarm(&mut self, watch: Watch) {
+        let poll = pack(Kind::Watch, watch.generation, watch.index);
+        let entry = opcode::PollRemove::new(poll).build();
+        self.push(entry.user_data(pack(Kind::Cancel, watch.generation, watch.index)));
+    }
+
+    /// The answer to [`Self::disarm`]. ENOENT needs nothing: the poll's last completion is already
+    /// on its way. EALREADY means it was just being completed, and a multishot poll goes on after
+    /// that.
+    fn cancelled(&mut self, watch: Watch, res: i32) {
+        if res == -libc::EALREADY && self.watches.get_mut(watch).is_some() {
+            self.disarm(watch);
+        }
+    }
+
+    /// A notification that left a completion. EAGAIN says that the counter is saturated: the other
+    /// side has been told more often than it could count.
+    fn notified(&mut self, res: i32) {
+        if res < 0 && res != -libc::EAGAIN && !std::mem::replace(&mut self.notify_failed, true) {
+            let error = io::Error::from_raw_os_error(res.saturating_neg());
+            log::warn!("an eventfd cannot be written to (said once): {error}");
+        }
+    }
+
+    /// Queues an entry, for now or for the next submit.
+    fn push(&mut self, entry: squeue::Entry) {
+        if self.backlog.is_empty() {
+            // SAFETY: `call`, the only one to pass entries with pointers to request memory, was
+            // promised that it stays valid; `notify_entry` points to a static.
+            if unsafe { self.ring.submission().push(&entry) }.is_ok() {
+                return;
+            }
+            // What this submit cannot take stays in the queue, and the entry in the backlog.
+            if let Err(error) = self.ring.submitter().submit() {
+                log::debug!("the batch waits for its end to be submitted: {error}");
+            }
+        }
+        self.backlog.push_back(entry);
+        self.refill();
+    }
+
+    /// Moves the backlog into the submission queue as far as it has room.
+    fn refill(&mut self) {
+        while let Some(entry) = self.backlog.front() {
+            // SAFETY: as in `push`, where the entry came from.
+            if unsafe { self.ring.submission().push(entry) }.is_err() {
+                return;
+            }
+            self.backlog.pop_front();
+        }
+    }
+
+    /// Makes room in the kernel's completion queue.
+    fn spill(&mut self) {
+        let completions = self.ring.completion();
+        self.spilled.extend(completions);
+    }
+
+    /// Finds out how eventfds can be written, on one of our own.
+    fn probe_notify(&mut self) -> io::Result<Notify> {
+        let event = EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        self.push(notify_entry(event.as_raw_fd()).user_data(pack(Kind::Notify, 0, 0)));
+        let answer = loop {
+            self.submit(true)?;
+            if let Some(entry) = self.ring.completion().next() {
+                break entry.result();
+            }
+        };
+        if answer != 8 {
+            log::info!("this kernel cannot write to eventfds in a batch");
+            return Ok(Notify::Direct);
+        }
+        let quiet = self.ring.params().is_feature_skip_cqe_on_success();
+        Ok(Notify::Entry(match quiet {
+            true => squeue::Flags::SKIP_SUCCESS,
+            false => squeue::Flags::empty(),
+        }))
+    }
+}
+
+impl std::fmt::Debug for Uring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Uring")
+            .field("fd", &self.ring.as_raw_fd())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Sets a ring up. A flag the kernel does not know is dropped, not io_uring: SUBMIT_ALL is 5.18,
+/// COOP_TASKRUN 5.19, SINGLE_ISSUER 6.0.
+fn build() -> io::Result<IoUring> {
+    let mut last = io::Error::from_raw_os_error(libc::EINVAL);
+    for level in 0..4u32 {
+        let mut builder = IoUring::builder();
+        builder.dontfork().setup_clamp().setup_cqsize(CQ_ENTRIES);
+        if level < 3 {
+            builder.setup_submit_all();
+        }
+        if level < 2 {
+            builder.setup_coop_taskrun().setup_taskrun_flag();
+        }
+        if level < 1 {
+            builder.setup_single_issuer();
+        }
+        match builder.build(SQ_ENTRIES) {
+            Ok(ring) => return Ok(ring),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => last = error,
+            Err(error) => return Err(error),
+        }
+    }
+    Err(last)
+}
+
+/// The submission entry for a call; `None` for those the helper threads make.
+fn entry(file: &File, call: &Call) -> Option<squeue::Entry> {
+    let (fd, fixed) = match file.fixed {
+        Some(fixed) => (
+            types::Fd(i32::try_from(fixed).ok()?),
+            squeue::Flags::FIXED_FILE,
+        ),
+        None => (types::Fd(file.raw()), squeue::Flags::empty()),
+    };
+    let entry = match call {
+        Call::Read {
+            memory: Vectors::One(one),
+            offset,
+        } => {
+            let len = u32::try_from(one.iov_len).unwrap_or(u32::MAX);
+            opcode::Read::new(fd, one.iov_base.cast(), len)
+                .offset(*offset)
+                .build()
+        }
+        Call::Read {
+            memory: Vectors::Many(vectors, count),
+            offset,
+        } => opcode::Readv::new(fd, *vectors, *count)
+            .offset(*offset)
+            .build(),
+        Call::Write {
+            memory: Vectors::One(one),
+            offset,
+            flags,
+        } => {
+            let len = u32::try_from(one.iov_len).unwrap_or(u32::MAX);
+            let write = opcode::Write::new(fd, one.iov_base.cast(), len);
+            write.offset(*offset).rw_flags(*flags).build()
+        }
+        Call::Write {
+            memory: Vectors::Many(vectors, count),
+            offset,
+            flags,
+        } => {
+            let write = opcode::Writev::new(fd, *vectors, *count);
+            write.offset(*offset).rw_flags(*flags).build()
+        }
+        Call::Sync => opcode::Fsync::new(fd)
+            .flags(types::FsyncFlags::DATASYNC)
+            .build(),
+        Call::Fallocate { .. } | Call::Discard { .. } => return None,
+    };
+    Some(entry.flags(fixed))
+}
+
+/// Adds one to an eventfd without ever waiting for its reader.
+fn notify_entry(fd: RawFd) -> squeue::Entry {
+    let bytes = (&raw const ONE).cast::<u8>();
+    opcode::Write::new(types::Fd(fd), bytes, 8)
+        .rw_flags(libc::RWF_NOWAIT)
+        .build()
+}
+
+/// What a completion is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Call = 1,
+    Watch = 2,
+    Cancel = 3,
+    Notify = 4,
+}
+
+/// `user_data`: the kind in the top byte, a generation in 24 bits, an index in 32.
+fn pack(kind: Kind, generation: u32, index: u32) -> u64 {
+    (kind as u64) << 56 | u64::from(generation) << 32 | u64::from(index)
+}
+
+fn unpack(user_data: u64) -> (Option<Kind>, u32, u32) {
+    let kind = match user_data >> 56 {
+        1 => Some(Kind::Call),
+        2 => Some(Kind::Watch),
+        3 => Some(Kind::Cancel),
+        4 => Some(Kind::Notify),
+        _ => None,
+    };
+    let generation = (user_data >> 32) as u32 & super::watches::GENERATION_MASK;
+    (kind, generation, user_data as u32)
+}
+
+/// What is written to an eventfd: one event.
+static ONE: u64 = 1;
+
+/// One batch. A longer one takes several system calls.
+const SQ_ENTRIES: u32 = 256;
+
+/// Room for the completions of many batches; beyond it the kernel keeps a list of its own.
+const CQ_ENTRIES: u32 = 4096;
+
+/// The kernel's table of registered files.
+const FIXED_FILES: u32 = 64;
+
+/// Refusals of a submit in a row (about a second) before the ring is given up.
+const MAX_REFUSALS: u32 = 10_000;
