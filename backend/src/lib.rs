@@ -1,1 +1,9 @@
 //! The vhost-user-blk daemon as a library; `main.rs` is a thin shell over it.
+
+pub mod blk;
+pub mod cli;
+pub mod fds;
+pub mod limits;
+pub mod proto;
+pub mod vring;
+pub mod worker;

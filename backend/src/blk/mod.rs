@@ -1,0 +1,16 @@
+//! virtio-blk (virtio 5.2): features, configuration space and requests.
+
+mod config;
+mod counters;
+mod device;
+mod features;
+mod profile;
+mod ranges;
+mod request;
+
+pub use config::ConfigError;
+pub use counters::Counters;
+pub use device::{BlkDevice, BlkOptions, SERIAL_BYTES, WriteCache};
+pub use profile::Profile;
+pub use ranges::Range;
+pub use request::{Admitted, Driver, Header, Kind, Malformed, RangeOp, Request, Status};

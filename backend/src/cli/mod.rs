@@ -1,0 +1,161 @@
+//! The command line: the vhost-user program conventions, and options of our own.
+
+mod values;
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use clap::{ArgGroup, Parser, ValueEnum};
+
+use crate::blk::SERIAL_BYTES;
+use values::{cpu_list, serial, size};
+
+pub use values::{CpuList, Size};
+
+/// What `--print-capabilities` answers (vhost-user, *Backend program conventions*).
+pub const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
+
+/// Where the socket is when nothing is said.
+pub const DEFAULT_SOCKET: &str = "./vublk.sock";
+
+/// The size of the memory device that is served when nothing is said, in bytes.
+pub const DEFAULT_MEMORY: u64 = 1 << 30;
+
+/// Serves a block device to a virtual machine over vhost-user.
+///
+/// Without any option it serves 1 GiB of memory on ./vublk.sock, and prints what to give QEMU or
+/// Cloud Hypervisor. It runs in the foreground; SIGTERM and SIGINT drain what is in flight and
+/// leave, SIGUSR1 logs a line of counters per device. RUST_LOG=debug says more.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "vublk", version, max_term_width = 100)]
+#[command(group = ArgGroup::new("storage").args(["blk_file", "memory", "null"]))]
+#[command(group = ArgGroup::new("listen").args(["socket_path", "fd"]))]
+pub struct Args {
+    /// Listen on this unix socket [default: ./vublk.sock]
+    #[arg(long, value_name = "PATH")]
+    pub socket_path: Option<PathBuf>,
+
+    /// Use this inherited unix socket, listening or connected
+    #[arg(long, value_name = "N")]
+    pub fd: Option<RawFd>,
+
+    /// Print what this program can do as JSON, and leave
+    #[arg(long)]
+    pub print_capabilities: bool,
+
+    /// Serve a file or a block device
+    #[arg(long, value_name = "PATH")]
+    pub blk_file: Option<PathBuf>,
+
+    /// Serve memory that is lost at the end: 512M, 10G [default: 1G]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub memory: Option<Size>,
+
+    /// Serve a device that stores nothing, for measurements
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub null: Option<Size>,
+
+    /// Serve the file read-only: nothing in the guest can write to it
+    #[arg(long, requires = "blk_file")]
+    pub read_only: bool,
+
+    /// The number of queues recommended to the guest [default: one per CPU]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub num_queues: Option<u16>,
+
+    /// The number of threads that serve queues [default: one per queue, at most one per CPU]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub workers: Option<u16>,
+
+    /// Bind the workers to these CPUs, in turn: 2,4-7
+    #[arg(long, value_name = "LIST", value_parser = cpu_list)]
+    pub cpus: Option<CpuList>,
+
+    /// What the guest sees as the serial, at most 20 characters
+    #[arg(long, value_name = "TEXT", default_value = "vublk", value_parser = serial)]
+    pub serial: String,
+
+    /// The block size the guest sees, in bytes [default: what the storage asks for]
+    #[arg(long, value_name = "BYTES", value_parser = values::block_size)]
+    pub block_size: Option<u32>,
+
+    /// Bypass the host's page cache
+    #[arg(long, value_name = "on|off", default_value = "on")]
+    pub direct: Switch,
+
+    /// How I/O is done [default: io_uring, threads on hosts without it]
+    #[arg(long, value_name = "ENGINE")]
+    pub engine: Option<EngineName>,
+}
+
+/// On or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// On.
+    On,
+    /// Off.
+    Off,
+}
+
+/// The engines by their names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EngineName {
+    /// io_uring: one ring a worker for everything.
+    #[value(name = "io_uring")]
+    IoUring,
+    /// A pool of threads with preadv2 and pwritev2.
+    Threads,
+}
+
+const _: () = assert!(SERIAL_BYTES == 20, "the help of --serial says so");
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_options_fit_together() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn the_conventions_options_are_understood() {
+        let args =
+            Args::try_parse_from(["vublk", "--socket-path=/s", "--blk-file=/b", "--read-only"]);
+        let args = args.unwrap();
+        assert_eq!(args.socket_path, Some(PathBuf::from("/s")));
+        assert_eq!(args.blk_file, Some(PathBuf::from("/b")));
+        assert!(args.read_only);
+        assert_eq!(
+            Args::try_parse_from(["vublk", "--fd=5"]).unwrap().fd,
+            Some(5)
+        );
+    }
+
+    #[test]
+    fn what_excludes_each_other_is_refused() {
+        for wrong in [
+            &["vublk", "--socket-path=/s", "--fd=3"][..],
+            &["vublk", "--memory=1G", "--null=1G"],
+            &["vublk", "--memory=1G", "--blk-file=/b"],
+            &["vublk", "--memory=1G", "--read-only"],
+            &["vublk", "--num-queues=0"],
+            &["vublk", "--num-queues=257"],
+            &["vublk", "--workers=0"],
+            &["vublk", "--block-size=1000"],
+            &["vublk", "--direct=maybe"],
+            &["vublk", "--engine=aio"],
+            &["vublk", "--serial=123456789012345678901"],
+            &["vublk", "/dev/sda"],
+        ] {
+            assert!(Args::try_parse_from(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn capabilities_are_as_the_conventions_have_them() {
+        assert!(CAPABILITIES.starts_with(r#"{"type":"block","features":["#));
+    }
+}

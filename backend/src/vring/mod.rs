@@ -1,0 +1,14 @@
+//! Virtqueues as vhost-user knows them.
+//!
+//! [`Split`] is the layout (virtio 2.7) and nothing else: it knows no file descriptor and no
+//! request. [`Stopped`], [`Started`] and [`Draining`] are the states of a vring; a transition
+//! consumes the state it leaves, so that a stop cannot be answered while requests are out.
+
+mod areas;
+mod notify;
+mod split;
+mod state;
+
+pub use areas::{Addresses, Areas, VringError, check_size, resolve};
+pub use split::{AvailBroken, Split, Used};
+pub use state::{Draining, Fds, Started, Stopped};

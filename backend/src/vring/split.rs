@@ -1,0 +1,277 @@
+//! The split virtqueue (virtio 2.7).
+
+#![deny(
+    clippy::as_conversions,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects
+)]
+
+use std::sync::atomic::{AtomicU16, Ordering};
+
+use iov_iter::Area;
+use thiserror::Error;
+use virtio_bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY,
+};
+
+use super::Areas;
+use super::notify::{arm, need_event, publish};
+
+/// Offset of the flags in both rings, in bytes (virtio 2.7.6, 2.7.8).
+const FLAGS: usize = 0;
+/// Offset of the index in both rings, in bytes.
+const INDEX: usize = 2;
+/// Offset of the first entry in both rings, in bytes.
+const ENTRIES: usize = 4;
+
+/// `VRING_USED_F_NO_NOTIFY` as the flags field holds it.
+const NO_NOTIFY: u16 = 1;
+const _: () = assert!(VRING_USED_F_NO_NOTIFY == 1);
+
+/// What a word outside its area reads as; see the invariants of [`Split`].
+static NOWHERE: AtomicU16 = AtomicU16::new(0);
+
+/// A used element: which chain, and how many bytes of it were written from its start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Used {
+    /// The head the chain was made available under.
+    pub head: u16,
+    /// Bytes written (virtio 2.7.8.2).
+    pub len: u32,
+}
+
+/// The avail index claims more chains than the ring can hold, or cannot be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("avail index {index} is {} ahead of {next}, in a ring of {size}", index.wrapping_sub(*next))]
+pub struct AvailBroken {
+    /// What the driver wrote.
+    pub index: u16,
+    /// Where we are.
+    pub next: u16,
+    /// Entries of the ring.
+    pub size: u16,
+}
+
+/// Who is told how (virtio 2.7.7, 2.7.10).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Suppression {
+    /// By flags.
+    Flags,
+    /// By event indices.
+    EventIdx,
+}
+
+/// A split virtqueue, device side.
+///
+/// # Invariants
+/// `size` is a power of two and the areas are as long as `size` asks for; every offset is computed
+/// from an index masked by `size`. So a read outside an area cannot happen, and is answered as if
+/// the word were zero.
+#[derive(Debug)]
+pub struct Split {
+    areas: Areas,
+    size: u16,
+    suppression: Suppression,
+    /// The next avail entry to pop.
+    next_avail: u16,
+    /// The avail index as last read.
+    avail_seen: u16,
+    /// The next used entry to write.
+    next_used: u16,
+    /// The used index the driver can see.
+    published: u16,
+    /// The used index when the driver was last told; none right after the start, when nothing is
+    /// known of what it was told before.
+    told: Option<u16>,
+}
+
+impl Split {
+    /// A vring that goes on where `next_avail` and the used index in guest memory say
+    /// (SET_VRING_BASE sets only the avail side of a split ring).
+    #[must_use]
+    pub fn new(areas: Areas, size: u16, next_avail: u16, features: u64) -> Split {
+        let event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        let used = word(&areas.used, INDEX).load(Ordering::Acquire);
+        Split {
+            areas,
+            size,
+            suppression: if event_idx {
+                Suppression::EventIdx
+            } else {
+                Suppression::Flags
+            },
+            next_avail,
+            avail_seen: next_avail,
+            next_used: used,
+            published: used,
+            told: None,
+        }
+    }
+
+    /// Entries of the ring.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// The descriptor table.
+    #[must_use]
+    pub fn descriptors(&self) -> &Area {
+        &self.areas.desc
+    }
+
+    /// The avail index to pop next: what GET_VRING_BASE answers.
+    #[must_use]
+    pub fn next_avail(&self) -> u16 {
+        self.next_avail
+    }
+
+    /// Goes on with the same indices in other mappings (a new memory table).
+    pub fn rebase(&mut self, areas: Areas) {
+        self.areas = areas;
+    }
+
+    /// Reads how many chains the driver has made available.
+    ///
+    /// # Errors
+    /// [`AvailBroken`] when they are more than the ring has entries.
+    #[inline]
+    pub fn refresh(&mut self) -> Result<u16, AvailBroken> {
+        let index = self.avail(INDEX).load(Ordering::Acquire);
+        self.saw(index)
+    }
+
+    /// Takes the next chain that [`refresh`](Self::refresh) saw.
+    #[inline]
+    pub fn pop(&mut self) -> Option<u16> {
+        if self.next_avail == self.avail_seen {
+            return None;
+        }
+        let head = self
+            .avail(self.avail_entry(self.next_avail))
+            .load(Ordering::Relaxed);
+        self.next_avail = self.next_avail.wrapping_add(1);
+        Some(head)
+    }
+
+    /// Writes a used element; the driver sees it at the next [`publish`](Self::publish).
+    #[inline]
+    pub fn push_used(&mut self, used: Used) {
+        let at = usize::from(self.next_used & self.mask())
+            .saturating_mul(8)
+            .saturating_add(ENTRIES);
+        // Two stores: an element is only 4-byte aligned.
+        if let Some(id) = self.areas.used.atomic_u32(at) {
+            id.store(u32::from(used.head), Ordering::Relaxed);
+        }
+        if let Some(len) = self.areas.used.atomic_u32(at.saturating_add(4)) {
+            len.store(used.len, Ordering::Relaxed);
+        }
+        self.next_used = self.next_used.wrapping_add(1);
+    }
+
+    /// Used elements written and not yet published.
+    #[inline]
+    #[must_use]
+    pub fn unpublished(&self) -> u16 {
+        self.next_used.wrapping_sub(self.published)
+    }
+
+    /// Publishes the used elements of a batch and says whether the driver wants a call.
+    #[inline]
+    #[must_use = "a call that is not made is a driver that sleeps for ever"]
+    pub fn publish(&mut self) -> bool {
+        let new = self.next_used;
+        let asked = match self.suppression {
+            Suppression::EventIdx => self.avail(self.avail_entries_end()),
+            Suppression::Flags => self.avail(FLAGS),
+        };
+        let asked = publish(word(&self.areas.used, INDEX), new, asked);
+        self.published = new;
+        let old = self.told.replace(new);
+        match (self.suppression, old) {
+            (Suppression::EventIdx, Some(old)) => need_event(asked, new, old),
+            (Suppression::EventIdx, None) => true,
+            (Suppression::Flags, _) => u32::from(asked) & VRING_AVAIL_F_NO_INTERRUPT == 0,
+        }
+    }
+
+    /// Asks the driver not to kick while the ring is being served. With event indices there is
+    /// nothing to do: a kick is wanted only for the index that was asked for.
+    #[inline]
+    pub fn suppress_kicks(&mut self) {
+        match self.suppression {
+            Suppression::EventIdx => {}
+            Suppression::Flags => {
+                self.used(FLAGS).store(NO_NOTIFY, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Asks for a kick at the next chain, and says how many chains came in the meantime: only when
+    /// there are none may the worker sleep.
+    ///
+    /// # Errors
+    /// As [`refresh`](Self::refresh).
+    #[inline]
+    pub fn arm_kick(&mut self) -> Result<u16, AvailBroken> {
+        let index = match self.suppression {
+            Suppression::EventIdx => arm(
+                self.used(self.used_entries_end()),
+                self.next_avail,
+                self.avail(INDEX),
+            ),
+            Suppression::Flags => arm(self.used(FLAGS), 0, self.avail(INDEX)),
+        };
+        self.saw(index)
+    }
+
+    fn saw(&mut self, index: u16) -> Result<u16, AvailBroken> {
+        let ahead = index.wrapping_sub(self.next_avail);
+        if ahead > self.size {
+            return Err(AvailBroken {
+                index,
+                next: self.next_avail,
+                size: self.size,
+            });
+        }
+        self.avail_seen = index;
+        Ok(ahead)
+    }
+
+    fn avail(&self, offset: usize) -> &AtomicU16 {
+        word(&self.areas.avail, offset)
+    }
+
+    fn used(&self, offset: usize) -> &AtomicU16 {
+        word(&self.areas.used, offset)
+    }
+
+    fn mask(&self) -> u16 {
+        self.size.wrapping_sub(1)
+    }
+
+    fn avail_entry(&self, index: u16) -> usize {
+        usize::from(index & self.mask())
+            .saturating_mul(2)
+            .saturating_add(ENTRIES)
+    }
+
+    /// Offset of `used_event` in the avail ring.
+    fn avail_entries_end(&self) -> usize {
+        usize::from(self.size)
+            .saturating_mul(2)
+            .saturating_add(ENTRIES)
+    }
+
+    /// Offset of `avail_event` in the used ring.
+    fn used_entries_end(&self) -> usize {
+        usize::from(self.size)
+            .saturating_mul(8)
+            .saturating_add(ENTRIES)
+    }
+}
+
+fn word(area: &Area, offset: usize) -> &AtomicU16 {
+    area.atomic_u16(offset).unwrap_or(&NOWHERE)
+}

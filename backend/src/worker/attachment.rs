@@ -1,0 +1,440 @@
+//! One worker's part of one device: its vrings, its channel, its view of the guest's memory.
+
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use blockdev::{Channel, Completion, Ring};
+use iov_iter::{MemoryTable, Pools, View};
+use log::{debug, error, warn};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::path::{Finish, Path};
+use super::slots::Slots;
+use super::token::Token;
+use super::{Command, Report, StopMode, TableEpoch, VringId, VringSetup};
+use crate::blk::BlkDevice;
+use crate::fds::borrow;
+use crate::limits::{MAX_BOUNCE_BYTES, MAX_REQUEST_BYTES};
+use crate::vring::{Draining, Started, Stopped};
+
+/// What a worker lends to its devices while it serves them.
+pub(super) struct Lent<'a> {
+    pub(super) ring: &'a mut Ring,
+    pub(super) slots: &'a mut Slots,
+    /// Eventfds that were replaced, to be closed once the next submit returned: until then the ring
+    /// may refer to them.
+    pub(super) outgoing: &'a mut Vec<EventFd>,
+    /// What the control thread is told.
+    pub(super) reports: &'a mut Vec<Report>,
+}
+
+/// A vring, in one of its states.
+#[derive(Debug)]
+enum Vring {
+    Stopped(Stopped),
+    Started(Box<Started>),
+    Draining(Box<Draining>),
+}
+
+/// Which of the workers this is, and how many share the device: vring `i` belongs to worker
+/// `i % of`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Share {
+    pub(super) worker: usize,
+    pub(super) of: usize,
+}
+
+/// One worker's part of one device.
+pub(super) struct Attachment {
+    path: Path,
+    share: Share,
+    place: usize,
+    vrings: Vec<Vring>,
+    /// Vrings that may have chains to pop.
+    ready: Vec<usize>,
+    draining: usize,
+    epoch: TableEpoch,
+    /// Views of older tables that requests still hold, oldest first.
+    retired: VecDeque<Rc<View>>,
+    /// Whether the control thread waits for them.
+    release_owed: bool,
+}
+
+impl Attachment {
+    /// Attaches a worker to a device, as the `place`th of the worker's.
+    pub(super) fn new(
+        device: Arc<BlkDevice>,
+        channel: Box<dyn Channel>,
+        place: usize,
+        share: Share,
+    ) -> Attachment {
+        let budget = (MAX_BOUNCE_BYTES / share.of).max(MAX_REQUEST_BYTES as usize);
+        let view = View::new(Arc::new(MemoryTable::empty()), Pools::new(budget));
+        Attachment {
+            path: Path::new(device, channel, place, view),
+            share,
+            place,
+            vrings: Vec::new(),
+            ready: Vec::new(),
+            draining: 0,
+            epoch: TableEpoch::default(),
+            retired: VecDeque::new(),
+            release_owed: false,
+        }
+    }
+
+    /// Whether there is something to do that nobody will tell us of.
+    pub(super) fn has_work(&self) -> bool {
+        !self.ready.is_empty() && self.path.parked.is_empty()
+    }
+
+    /// Whether every vring is stopped.
+    pub(super) fn is_stopped(&self) -> bool {
+        self.vrings
+            .iter()
+            .all(|vring| matches!(vring, Vring::Stopped(_)))
+    }
+
+    /// Moves what the channel's threads finished into the ring.
+    pub(super) fn collect(&mut self, ring: &mut Ring) {
+        self.path.channel.collect(ring);
+    }
+
+    /// A vring was kicked.
+    pub(super) fn kicked(&mut self, local: usize) {
+        self.path.counters.kicks.add(1);
+        self.make_ready(local);
+    }
+
+    fn make_ready(&mut self, local: usize) {
+        if !self.ready.contains(&local) {
+            self.ready.push(local);
+        }
+    }
+
+    /// Pops and starts what the vrings have, each at most its ring's size at a time.
+    pub(super) fn serve(&mut self, lent: &mut Lent<'_>) {
+        while let Some((local, used)) = self.path.retry_parked(lent) {
+            if let (Some(used), Some(vring)) = (used, in_flight_vring(&mut self.vrings, local)) {
+                self.path.settle(vring, local, Some(used));
+            }
+        }
+        let mut at = 0;
+        while let Some(&local) = self.ready.get(at).filter(|_| self.path.parked.is_empty()) {
+            if self.serve_one(local, lent) {
+                at += 1;
+            } else {
+                self.ready.swap_remove(at);
+            }
+        }
+    }
+
+    /// Serves one vring; says whether it has to be served again without a kick.
+    fn serve_one(&mut self, local: usize, lent: &mut Lent<'_>) -> bool {
+        let id = self.id(local);
+        let Some(Vring::Started(vring)) = self.vrings.get_mut(local) else {
+            return false;
+        };
+        if !vring.may_pop() {
+            return false;
+        }
+        vring.suppress_kicks();
+        let driver = self.path.driver(vring);
+        let mut broken = None;
+        for _ in 0..vring.size() {
+            match vring.pop() {
+                Ok(Some(head)) => self.path.start(vring, local, head, driver, lent),
+                Ok(None) => break,
+                Err(error) => {
+                    broken = Some(error);
+                    break;
+                }
+            }
+            if !self.path.parked.is_empty() || !vring.is_sound() {
+                break;
+            }
+        }
+        let waiting = match broken {
+            Some(error) => Err(error),
+            None if vring.is_sound() => vring.arm_kick(),
+            None => Ok(0),
+        };
+        if let Err(error) = waiting {
+            error!(
+                "{}: vring {} is not served any more: {error}",
+                self.path.device.name(),
+                id.index
+            );
+            vring.break_down();
+        }
+        if !vring.is_sound() {
+            lent.reports.push(Report::Broken(id));
+            return false;
+        }
+        vring.is_polled() || waiting.is_ok_and(|waiting| waiting > 0)
+    }
+
+    /// An op came back from the device.
+    pub(super) fn complete(&mut self, local: usize, done: Completion, lent: &mut Lent<'_>) {
+        let (vring, mode) = match self.vrings.get_mut(local) {
+            Some(Vring::Started(vring)) => (&mut **vring, StopMode::Drain),
+            Some(Vring::Draining(draining)) => (&mut draining.vring, draining.mode),
+            Some(Vring::Stopped(_)) | None => {
+                debug_assert!(false, "a vring stopped while a request of it was in flight");
+                return;
+            }
+        };
+        match self.path.complete(done, mode, lent) {
+            Finish::GoesOn => {}
+            Finish::Used(used) => self.path.settle(vring, local, Some(used)),
+            Finish::Abandoned => self.path.settle(vring, local, None),
+        }
+    }
+
+    /// Publishes what was used since the last time, and answers what waited for it.
+    pub(super) fn publish(&mut self, lent: &mut Lent<'_>) {
+        while let Some(local) = self.path.touched.pop() {
+            let Some(vring) = in_flight_vring(&mut self.vrings, local) else {
+                continue;
+            };
+            if vring.publish()
+                && let Some(call) = &vring.fds.call
+            {
+                self.path.counters.calls.add(1);
+                lent.ring.notify(borrow(call));
+            }
+        }
+        if self.draining > 0 {
+            self.finish_draining(lent);
+        }
+        if self.release_owed {
+            self.finish_retired(lent);
+        }
+    }
+
+    fn finish_draining(&mut self, lent: &mut Lent<'_>) {
+        for local in 0..self.vrings.len() {
+            let id = self.id(local);
+            let slot = &mut self.vrings[local];
+            let Vring::Draining(_) = slot else { continue };
+            let taken = std::mem::replace(slot, Vring::Stopped(Stopped::default()));
+            let Vring::Draining(draining) = taken else {
+                continue;
+            };
+            *slot = match (*draining).try_finish() {
+                Err(draining) => Vring::Draining(Box::new(draining)),
+                Ok((stopped, fds)) => {
+                    lent.outgoing.extend(fds.call);
+                    self.draining -= 1;
+                    let next_avail = stopped.next_avail();
+                    lent.reports.push(Report::Stopped { id, next_avail });
+                    Vring::Stopped(stopped)
+                }
+            };
+        }
+    }
+
+    fn finish_retired(&mut self, lent: &mut Lent<'_>) {
+        while self.retired.front().is_some_and(|view| view.holds() == 0) {
+            self.retired.pop_front();
+        }
+        if self.retired.is_empty() {
+            self.release_owed = false;
+            lent.reports
+                .push(Report::Released(self.path.device.id(), self.epoch));
+        }
+    }
+
+    /// A vring's kick is not watched any more.
+    pub(super) fn unwatched(&mut self, local: usize) {
+        if let Some(vring) = in_flight_vring(&mut self.vrings, local) {
+            vring.kick_unwatched();
+        }
+    }
+}
+
+/// Commands.
+impl Attachment {
+    /// Carries out a command that is for this device.
+    pub(super) fn apply(&mut self, command: Command, lent: &mut Lent<'_>) {
+        match command {
+            Command::SetTable { epoch, table, .. } => self.set_table(epoch, table, lent),
+            Command::Start(id, setup) => self.start(id, *setup, lent),
+            Command::Stop(id, mode) => self.stop(id, mode, lent),
+            Command::Enable(id, enablement) => {
+                if let Some((local, vring)) = self.started(id) {
+                    vring.set_enablement(enablement);
+                    self.make_ready(local);
+                }
+            }
+            Command::SetKick(id, kick) => self.set_kick(id, kick, lent),
+            Command::SetCall(id, call) => {
+                if let Some((_, vring)) = self.started(id) {
+                    lent.outgoing
+                        .extend(std::mem::replace(&mut vring.fds.call, call));
+                }
+            }
+            Command::SetErr(id, err) => {
+                if let Some((_, vring)) = self.started(id) {
+                    vring.fds.err = err;
+                }
+            }
+            Command::SetFeatures(_, features) => {
+                for vring in &mut self.vrings {
+                    if let Vring::Started(vring) = vring {
+                        vring.set_features(features);
+                    }
+                }
+            }
+            Command::Quit => {}
+        }
+    }
+
+    fn set_table(&mut self, epoch: TableEpoch, table: Arc<MemoryTable>, lent: &mut Lent<'_>) {
+        let device = self.path.device.id();
+        for local in 0..self.vrings.len() {
+            let Some(vring) = in_flight_vring(&mut self.vrings, local) else {
+                continue;
+            };
+            if let Err(error) = vring.rebase(&table) {
+                let id = self.id(local);
+                warn!("{}: vring {}: {error}", self.path.device.name(), id.index);
+                if let Some(vring) = in_flight_vring(&mut self.vrings, local) {
+                    vring.lose();
+                }
+                lent.reports.push(Report::Broken(id));
+            }
+        }
+        let view = View::new(table, self.path.view.pools().clone());
+        self.retired
+            .push_back(std::mem::replace(&mut self.path.view, view));
+        self.epoch = epoch;
+        lent.reports.push(Report::Adopted(device, epoch));
+        self.release_owed = true;
+        self.finish_retired(lent);
+    }
+
+    fn start(&mut self, id: VringId, setup: VringSetup, lent: &mut Lent<'_>) {
+        let local = usize::from(id.index) / self.share.of;
+        if self.vrings.len() <= local {
+            self.vrings
+                .resize_with(local + 1, || Vring::Stopped(Stopped::default()));
+        }
+        if !matches!(self.vrings[local], Vring::Stopped(_)) {
+            error!(
+                "{}: vring {} is started already",
+                self.path.device.name(),
+                id.index
+            );
+            return;
+        }
+        match Stopped::start(setup, self.path.view.table()) {
+            Ok(vring) => {
+                debug!("{}: vring {} starts", self.path.device.name(), id.index);
+                self.vrings[local] = Vring::Started(Box::new(vring));
+                self.watch_kick(local, lent);
+                self.make_ready(local);
+            }
+            Err((_setup, error)) => {
+                warn!(
+                    "{}: vring {} cannot start: {error}",
+                    self.path.device.name(),
+                    id.index
+                );
+                lent.reports.push(Report::Broken(id));
+            }
+        }
+    }
+
+    fn stop(&mut self, id: VringId, mode: StopMode, lent: &mut Lent<'_>) {
+        let local = usize::from(id.index) / self.share.of;
+        match self.vrings.get_mut(local) {
+            Some(slot @ Vring::Started(_)) => {
+                let taken = std::mem::replace(slot, Vring::Stopped(Stopped::default()));
+                let Vring::Started(mut vring) = taken else {
+                    return;
+                };
+                if mode == StopMode::Abandon {
+                    for _ in 0..self.path.abandon_parked(local) {
+                        vring.settle(None);
+                    }
+                }
+                vring.unwatch_kick(lent.ring);
+                self.vrings[local] = Vring::Draining(Box::new(vring.drain(mode)));
+                self.draining += 1;
+            }
+            // A front end that hangs up while it waits for a drain turns it into an abandonment.
+            Some(Vring::Draining(draining)) => {
+                if mode == StopMode::Abandon {
+                    draining.mode = mode;
+                    for _ in 0..self.path.abandon_parked(local) {
+                        draining.vring.settle(None);
+                    }
+                }
+            }
+            Some(Vring::Stopped(stopped)) => {
+                let next_avail = stopped.next_avail();
+                lent.reports.push(Report::Stopped { id, next_avail });
+            }
+            None => lent.reports.push(Report::Stopped { id, next_avail: 0 }),
+        }
+    }
+
+    fn set_kick(&mut self, id: VringId, kick: Option<EventFd>, lent: &mut Lent<'_>) {
+        let Some((local, vring)) = self.started(id) else {
+            return;
+        };
+        vring.unwatch_kick(lent.ring);
+        vring.fds.kick = kick;
+        self.watch_kick(local, lent);
+        // The old kick may have come after its last look, so the ring is scanned once.
+        self.make_ready(local);
+    }
+
+    fn watch_kick(&mut self, local: usize, lent: &mut Lent<'_>) {
+        let token = Token::Kick {
+            device: self.place,
+            vring: local,
+        }
+        .pack();
+        let id = self.id(local);
+        let Some(Vring::Started(vring)) = self.vrings.get_mut(local) else {
+            return;
+        };
+        if let Err(error) = vring.watch_kick(lent.ring, token) {
+            error!(
+                "{}: the kick of vring {}: {error}",
+                self.path.device.name(),
+                id.index
+            );
+            vring.break_down();
+            lent.reports.push(Report::Broken(id));
+        }
+    }
+
+    fn started(&mut self, id: VringId) -> Option<(usize, &mut Started)> {
+        let local = usize::from(id.index) / self.share.of;
+        match self.vrings.get_mut(local)? {
+            Vring::Started(vring) => Some((local, vring)),
+            Vring::Stopped(_) | Vring::Draining(_) => None,
+        }
+    }
+
+    fn id(&self, local: usize) -> VringId {
+        let index = local * self.share.of + self.share.worker;
+        VringId {
+            device: self.path.device.id(),
+            index: u16::try_from(index).unwrap_or(u16::MAX),
+        }
+    }
+}
+
+/// A vring that may have requests in flight.
+fn in_flight_vring(vrings: &mut [Vring], local: usize) -> Option<&mut Started> {
+    match vrings.get_mut(local)? {
+        Vring::Started(vring) => Some(vring),
+        Vring::Draining(draining) => Some(&mut draining.vring),
+        Vring::Stopped(_) => None,
+    }
+}

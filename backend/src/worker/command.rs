@@ -1,0 +1,136 @@
+//! What the control thread asks of a worker, and what a worker answers.
+//!
+//! The control thread never touches a vring's hot state: it sends a [`Command`], the worker applies
+//! it between two batches and, where the command owes an answer, sends a [`Report`] as soon as the
+//! answer's condition holds. Commands to one worker are applied in the order they were sent.
+
+use std::sync::Arc;
+
+use iov_iter::MemoryTable;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::vring::Addresses;
+
+/// A device's place in the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct DeviceId(pub u32);
+
+/// A vring's place in the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct VringId {
+    /// The device it belongs to.
+    pub device: DeviceId,
+    /// Its index in that device.
+    pub index: u16,
+}
+
+/// Numbers the memory tables of a device, in the order they were sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct TableEpoch(pub u64);
+
+/// Whether a started vring may be popped (vhost-user, *Ring states*).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Enablement {
+    /// Popped as kicks come.
+    Enabled,
+    /// Started, but not popped; what is in flight finishes.
+    Disabled,
+}
+
+/// What becomes of the requests in flight when a vring stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StopMode {
+    /// They are finished and published (GET_VRING_BASE).
+    Drain,
+    /// The front end is gone: they are waited for and abandoned, guest memory is not written.
+    Abandon,
+}
+
+/// Everything a vring needs to start.
+#[derive(Debug)]
+pub struct VringSetup {
+    /// Entries, a power of two.
+    pub size: u16,
+    /// Where its parts are, as front-end addresses: they are resolved again at every new table.
+    pub addresses: Addresses,
+    /// The avail index to pop next (SET_VRING_BASE).
+    pub next_avail: u16,
+    /// The acknowledged virtio features.
+    pub features: u64,
+    /// Whether it may be popped at once.
+    pub enablement: Enablement,
+    /// Signalled by the driver when it made requests available; none means that the vring is
+    /// polled.
+    pub kick: Option<EventFd>,
+    /// Signalled by us when requests were used; none means that the driver polls.
+    pub call: Option<EventFd>,
+    /// Signalled by us when the vring broke.
+    pub err: Option<EventFd>,
+}
+
+/// What the control thread asks.
+#[derive(Debug)]
+pub enum Command {
+    /// Adopt this memory table for the device. Answered twice: [`Report::Adopted`] when nothing new
+    /// starts on an older table, [`Report::Released`] when no request of an older one is left.
+    SetTable {
+        /// The device.
+        device: DeviceId,
+        /// The number of the table.
+        epoch: TableEpoch,
+        /// The table.
+        table: Arc<MemoryTable>,
+    },
+    /// Start a vring. Not answered; a vring that cannot start reports [`Report::Broken`].
+    Start(VringId, Box<VringSetup>),
+    /// Stop a vring: nothing more is popped. Answered by [`Report::Stopped`] when nothing of it is
+    /// in flight and its kick is no longer watched. A vring that is not started answers at once.
+    Stop(VringId, StopMode),
+    /// Enable or disable a vring. Not answered; applied in order.
+    Enable(VringId, Enablement),
+    /// Replace the kick of a started vring. No kick is lost: the vring is scanned once.
+    SetKick(VringId, Option<EventFd>),
+    /// Replace the call of a started vring.
+    SetCall(VringId, Option<EventFd>),
+    /// Replace the err of a started vring.
+    SetErr(VringId, Option<EventFd>),
+    /// The features the driver acknowledged changed (SET_FEATURES on running vrings).
+    SetFeatures(DeviceId, u64),
+    /// Leave, once every request came back. The answer is the end of the thread.
+    Quit,
+}
+
+impl Command {
+    /// The device it is for; the first one for a command that is for none.
+    #[must_use]
+    pub fn device(&self) -> DeviceId {
+        match self {
+            Command::SetTable { device, .. } | Command::SetFeatures(device, _) => *device,
+            Command::Start(id, _)
+            | Command::Stop(id, _)
+            | Command::Enable(id, _)
+            | Command::SetKick(id, _)
+            | Command::SetCall(id, _)
+            | Command::SetErr(id, _) => id.device,
+            Command::Quit => DeviceId(0),
+        }
+    }
+}
+
+/// What a worker answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Report {
+    /// The table with this number, or a newer one, is what new requests use.
+    Adopted(DeviceId, TableEpoch),
+    /// No request uses a table older than this number.
+    Released(DeviceId, TableEpoch),
+    /// The vring is stopped; the index is what GET_VRING_BASE answers.
+    Stopped {
+        /// The vring.
+        id: VringId,
+        /// The avail index the next owner pops first.
+        next_avail: u16,
+    },
+    /// The vring broke the virtio specification and is no longer popped; err was signalled.
+    Broken(VringId),
+}

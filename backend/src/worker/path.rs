@@ -1,0 +1,436 @@
+//! A request's way from its head to its op, and from its completion to its used element.
+
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use blockdev::{Channel, Completion, Durability, IoError, Op, Tag};
+use iov_iter::{BrokenChain, Chain, ChainFault, ChainLimits, ExtractErrorKind};
+use iov_iter::{Hold, IovIter, Source, View};
+use log::warn;
+
+use super::StopMode;
+use super::attachment::Lent;
+use super::log_gate::LogGate;
+use super::slots::{InFlight, Job};
+use crate::blk::{
+    Admitted, BlkDevice, Counters, Driver, Kind, Profile, Range, RangeOp, Request, Status,
+};
+use crate::limits::{MAX_CHAIN_BYTES, MAX_SEGMENTS};
+use crate::vring::{Started, Used};
+
+/// What a chain may be.
+const LIMITS: ChainLimits = ChainLimits {
+    max_segments: MAX_SEGMENTS,
+    max_bytes: MAX_CHAIN_BYTES,
+};
+
+/// A request that waits for a bounce buffer. It keeps guest addresses, not pointers.
+#[derive(Debug)]
+pub(super) struct Parked {
+    vring: usize,
+    request: Request,
+    source: IovIter<Source>,
+    admitted: Admitted,
+    hold: Hold,
+}
+
+/// Everything of a device that a request meets on its way.
+pub(super) struct Path {
+    pub(super) device: Arc<BlkDevice>,
+    pub(super) channel: Box<dyn Channel>,
+    pub(super) counters: Arc<Counters>,
+    pub(super) view: Rc<View>,
+    pub(super) parked: VecDeque<Parked>,
+    /// Vrings with used elements to publish.
+    pub(super) touched: Vec<usize>,
+    profile: Profile,
+    place: usize,
+    ranges: Vec<Range>,
+    broken_chains: LogGate,
+    failures: LogGate,
+}
+
+/// What becomes of a request on its way to the device.
+enum Step {
+    /// It is with the device, or parked.
+    Underway,
+    /// It ended.
+    Ended(Used),
+}
+
+impl Path {
+    pub(super) fn new(
+        device: Arc<BlkDevice>,
+        channel: Box<dyn Channel>,
+        place: usize,
+        view: Rc<View>,
+    ) -> Path {
+        Path {
+            profile: device.profile(),
+            counters: device.new_counters(),
+            device,
+            channel,
+            view,
+            parked: VecDeque::new(),
+            touched: Vec::new(),
+            place,
+            ranges: Vec::new(),
+            broken_chains: LogGate::default(),
+            failures: LogGate::default(),
+        }
+    }
+
+    /// What the driver of a vring negotiated.
+    pub(super) fn driver(&self, vring: &Started) -> Driver {
+        let features = vring.features();
+        Driver {
+            features,
+            cache: self.device.cache_for(features),
+        }
+    }
+
+    /// Starts the chain that was popped as `head`.
+    pub(super) fn start(
+        &mut self,
+        vring: &mut Started,
+        local: usize,
+        head: u16,
+        driver: Driver,
+        lent: &mut Lent<'_>,
+    ) {
+        self.counters.reffed.add(1);
+        let used = match Chain::walk(&self.view, vring.descriptors(), vring.size(), head, &LIMITS) {
+            Ok(chain) => match self.admit(local, chain, driver, lent) {
+                Step::Underway => return,
+                Step::Ended(used) => Some(used),
+            },
+            Err(broken) => self.refuse(vring, head, broken),
+        };
+        self.settle(vring, local, used);
+    }
+
+    /// A chain came to its end.
+    pub(super) fn settle(&mut self, vring: &mut Started, local: usize, used: Option<Used>) {
+        if vring.settle(used) {
+            self.touched.push(local);
+        }
+    }
+
+    /// Answers a chain that broke the virtio specification as far as it can be answered.
+    fn refuse(&mut self, vring: &mut Started, head: u16, broken: BrokenChain) -> Option<Used> {
+        self.counters.broken_chains.add(1);
+        if let Some(held_back) = self.broken_chains.open() {
+            let name = self.device.name();
+            warn!(
+                "{name}: a driver's chain {head} is refused: {} ({held_back} more)",
+                broken.fault
+            );
+        }
+        let BrokenChain {
+            fault,
+            status,
+            hold,
+        } = broken;
+        if let Some(status) = status {
+            status.write(&hold, Status::IoErr.byte());
+        }
+        if matches!(fault, ChainFault::HeadOutOfRange { .. }) {
+            vring.break_down();
+            return None;
+        }
+        Some(Used { head, len: 0 })
+    }
+
+    fn admit(&mut self, local: usize, chain: Chain, driver: Driver, lent: &mut Lent<'_>) -> Step {
+        let head = chain.head();
+        let (mut source, dest, hold) = chain.split();
+        let (mut request, header, hold) = match Request::parse(head, &mut source, dest, hold) {
+            Ok(parsed) => parsed,
+            Err(malformed) => {
+                self.counters.broken_chains.add(1);
+                if let Some(status) = malformed.status {
+                    status.write(&malformed.hold, Status::IoErr.byte());
+                }
+                return Step::Ended(Used { head, len: 0 });
+            }
+        };
+        self.count(header.kind);
+        let dest_len = request.dest().count();
+        let (profile, ranges) = (&self.profile, &mut self.ranges);
+        match header.admit(&mut source, dest_len, &hold, profile, driver, ranges) {
+            Ok(admitted) => self.launch(local, request, source, admitted, hold, lent),
+            Err(status) => Step::Ended(self.end(request, hold, 0, status)),
+        }
+    }
+
+    /// Hands an admitted request to the device.
+    fn launch(
+        &mut self,
+        local: usize,
+        mut request: Request,
+        mut source: IovIter<Source>,
+        admitted: Admitted,
+        hold: Hold,
+        lent: &mut Lent<'_>,
+    ) -> Step {
+        let op = match admitted {
+            Admitted::Read(at) => {
+                let max = request.dest().count();
+                request
+                    .dest()
+                    .extract(hold, max, &self.profile.memory)
+                    .map(|into| Op::Read { at, into })
+            }
+            Admitted::Write(at, durability) => {
+                let max = source.count();
+                source
+                    .extract(hold, max, &self.profile.memory)
+                    .map(|from| Op::Write {
+                        at,
+                        from,
+                        durability,
+                    })
+            }
+            Admitted::Flush => Ok(Op::Flush { hold }),
+            Admitted::Ranges(op, durability) => {
+                return self.launch_ranges(local, request, op, durability, hold, lent);
+            }
+            Admitted::Identify => {
+                let moved = request.identify(&hold, self.device.serial());
+                return Step::Ended(self.end(request, hold, moved, Status::Ok));
+            }
+            Admitted::Nothing => return Step::Ended(self.end(request, hold, 0, Status::Ok)),
+        };
+        match op {
+            Ok(op) => {
+                if is_bounced(&op) {
+                    self.counters.bounced.add(1);
+                }
+                let in_flight = self.in_flight(local, request, Job::Single);
+                let tag = lent.slots.insert(in_flight, None);
+                self.channel.prep(lent.ring, tag, op);
+                Step::Underway
+            }
+            Err(error) => match error.kind {
+                // Buffers come back with the requests that have them; with none out, none will.
+                ExtractErrorKind::NoBounce { .. } if lent.slots.in_flight() > 0 => {
+                    self.counters.parked.add(1);
+                    let hold = error.hold;
+                    self.parked.push_back(Parked {
+                        vring: local,
+                        request,
+                        source,
+                        admitted,
+                        hold,
+                    });
+                    Step::Underway
+                }
+                ExtractErrorKind::NoBounce { .. }
+                | ExtractErrorKind::Empty
+                | ExtractErrorKind::Misaligned { .. }
+                | ExtractErrorKind::Faulted
+                | ExtractErrorKind::Sink => {
+                    Step::Ended(self.end(request, error.hold, 0, Status::IoErr))
+                }
+            },
+        }
+    }
+
+    fn launch_ranges(
+        &mut self,
+        local: usize,
+        request: Request,
+        op: RangeOp,
+        durability: Durability,
+        hold: Hold,
+        lent: &mut Lent<'_>,
+    ) -> Step {
+        let Some(first) = self.ranges.first() else {
+            return Step::Ended(self.end(request, hold, 0, Status::Ok));
+        };
+        let first = range_op(op, first, durability, hold);
+        let in_flight = self.in_flight(local, request, Job::Ranges { op, next: 1 });
+        let tag = lent.slots.insert(in_flight, Some(&mut self.ranges));
+        self.channel.prep(lent.ring, tag, first);
+        Step::Underway
+    }
+
+    fn in_flight(&self, vring: usize, request: Request, job: Job) -> InFlight {
+        InFlight {
+            device: self.place,
+            vring,
+            request,
+            job,
+        }
+    }
+
+    /// Tries the request that has been parked the longest again: its vring, and how it ended if it
+    /// did. None when nothing is parked or the buffers do not reach yet.
+    pub(super) fn retry_parked(&mut self, lent: &mut Lent<'_>) -> Option<(usize, Option<Used>)> {
+        let Parked {
+            vring,
+            request,
+            source,
+            admitted,
+            hold,
+        } = self.parked.pop_front()?;
+        let waiting = self.parked.len();
+        match self.launch(vring, request, source, admitted, hold, lent) {
+            Step::Ended(used) => Some((vring, Some(used))),
+            Step::Underway if self.parked.len() > waiting => {
+                self.parked.rotate_right(1);
+                None
+            }
+            Step::Underway => Some((vring, None)),
+        }
+    }
+
+    /// Gives up what is parked of one vring; says how many requests that were.
+    pub(super) fn abandon_parked(&mut self, vring: usize) -> usize {
+        let waiting = self.parked.len();
+        for _ in 0..waiting {
+            match self.parked.pop_front() {
+                Some(parked) if parked.vring == vring => {
+                    self.counters.abandoned.add(1);
+                    parked.request.abandon(parked.hold);
+                }
+                Some(other) => self.parked.push_back(other),
+                None => {}
+            }
+        }
+        waiting - self.parked.len()
+    }
+
+    /// What a completion means for its request.
+    pub(super) fn complete(
+        &mut self,
+        done: Completion,
+        mode: StopMode,
+        lent: &mut Lent<'_>,
+    ) -> Finish {
+        let Completion {
+            tag,
+            op,
+            moved,
+            outcome,
+        } = done;
+        let status = self.judge(outcome);
+        let goes_on = status == Status::Ok && mode == StopMode::Drain;
+        if let Some((job, range)) = goes_on.then(|| next_range(lent, tag)).flatten() {
+            let op = range_op(job, &range, op.durability(), into_hold(op));
+            self.channel.prep(lent.ring, tag, op);
+            return Finish::GoesOn;
+        }
+        let Some(InFlight { request, .. }) = lent.slots.remove(tag) else {
+            debug_assert!(false, "a completion without a request");
+            return Finish::GoesOn;
+        };
+        match (mode, op) {
+            (StopMode::Abandon, op) => {
+                self.counters.abandoned.add(1);
+                request.abandon(into_hold(op));
+                Finish::Abandoned
+            }
+            (StopMode::Drain, Op::Read { into, .. }) => {
+                self.counters.read_bytes.add(u64::from(moved));
+                let moved = moved as usize;
+                let hold = into.land(moved);
+                Finish::Used(self.end(request, hold, moved, status))
+            }
+            (StopMode::Drain, op) => {
+                self.counters.written_bytes.add(u64::from(moved));
+                Finish::Used(self.end(request, into_hold(op), 0, status))
+            }
+        }
+    }
+
+    fn end(&self, request: Request, hold: Hold, moved: usize, status: Status) -> Used {
+        if status == Status::IoErr {
+            self.counters.errors.add(1);
+        }
+        request.finish(hold, moved, status)
+    }
+
+    /// Turns an outcome into a status; what failed on the host's side is said, now and then.
+    fn judge(&mut self, outcome: Result<(), IoError>) -> Status {
+        let Err(error) = outcome else {
+            return Status::Ok;
+        };
+        if let Some(held_back) = self.failures.open() {
+            warn!(
+                "{}: a request failed: {error} ({held_back} more)",
+                self.device.name()
+            );
+        }
+        Status::from(&error)
+    }
+
+    fn count(&self, kind: Kind) {
+        let counters = &self.counters;
+        let count = match kind {
+            Kind::In => &counters.reads,
+            Kind::Out => &counters.writes,
+            Kind::Flush => &counters.flushes,
+            Kind::GetId => &counters.get_ids,
+            Kind::Discard => &counters.discards,
+            Kind::WriteZeroes => &counters.write_zeroes,
+            Kind::Unsupported(_) => &counters.unsupported,
+        };
+        count.add(1);
+    }
+}
+
+/// How a completion left its request.
+pub(super) enum Finish {
+    /// With the device again.
+    GoesOn,
+    /// Answered.
+    Used(Used),
+    /// Given up.
+    Abandoned,
+}
+
+/// The range that follows, of a request that has one.
+fn next_range(lent: &mut Lent<'_>, tag: Tag) -> Option<(RangeOp, Range)> {
+    let Job::Ranges { op, next } = &mut lent.slots.get_mut(tag)?.job else {
+        return None;
+    };
+    let (op, at) = (*op, *next);
+    *next += 1;
+    lent.slots.ranges(tag).get(at).map(|range| (op, *range))
+}
+
+fn range_op(op: RangeOp, range: &Range, durability: Durability, hold: Hold) -> Op {
+    let Range { at, unmap } = *range;
+    match op {
+        RangeOp::Discard => Op::Discard {
+            at,
+            durability,
+            hold,
+        },
+        RangeOp::WriteZeroes => Op::WriteZeroes {
+            at,
+            unmap,
+            durability,
+            hold,
+        },
+    }
+}
+
+fn into_hold(op: Op) -> Hold {
+    match op {
+        // Nothing of a read that is given up lands in the guest.
+        Op::Read { into, .. } => into.land(0),
+        Op::Write { from, .. } => from.into_hold(),
+        Op::Flush { hold } | Op::Discard { hold, .. } | Op::WriteZeroes { hold, .. } => hold,
+    }
+}
+
+fn is_bounced(op: &Op) -> bool {
+    match op {
+        Op::Read { into, .. } => into.is_bounced(),
+        Op::Write { from, .. } => from.is_bounced(),
+        Op::Flush { .. } | Op::Discard { .. } | Op::WriteZeroes { .. } => false,
+    }
+}
