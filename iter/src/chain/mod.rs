@@ -1,0 +1,106 @@
+//! Descriptor chains of a split ring: the one walk over a head's descriptors.
+#![deny(
+    clippy::as_conversions,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects
+)]
+
+mod fault;
+mod indirect;
+mod walk;
+
+use std::rc::Rc;
+
+pub use fault::ChainFault;
+
+use self::walk::Walk;
+use crate::direction::{Dest, Source};
+use crate::hold::Hold;
+use crate::iov::IovIter;
+use crate::memory::Area;
+use crate::segment::StatusSlot;
+use crate::view::View;
+
+/// How large a chain may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChainLimits {
+    /// Non-empty descriptors. One that crosses regions becomes several segments, of which there
+    /// can be as many more as there are regions.
+    pub max_segments: u32,
+    /// Bytes, of both directions together.
+    pub max_bytes: u64,
+}
+
+/// The walked descriptors of one head: the memory to read, the memory to write, and the hold.
+///
+/// Everything was copied from guest memory exactly once; what the driver changes in its
+/// descriptors from now on changes nothing here.
+#[derive(Debug)]
+pub struct Chain {
+    head: u16,
+    source: IovIter<Source>,
+    dest: IovIter<Dest>,
+    hold: Hold,
+}
+
+/// A chain that breaks the rules, told from one that is merely short.
+#[derive(Debug)]
+pub struct BrokenChain {
+    /// What is wrong with it: the first thing that was found.
+    pub fault: ChainFault,
+    /// Where a status can go all the same: the last byte, if the chain could be followed to its
+    /// end and ends with a writable one.
+    pub status: Option<StatusSlot>,
+    /// The hold, for writing it.
+    pub hold: Hold,
+}
+
+impl Chain {
+    /// Walks the chain at `head` of the descriptor table `table`, which has `size` descriptors,
+    /// and takes the hold.
+    ///
+    /// Descriptors of length zero are skipped. INDIRECT is followed whether it was negotiated or
+    /// not, as Windows uses it anyway; it may come after direct descriptors, and its table may
+    /// have more of them than the ring.
+    ///
+    /// # Errors
+    /// The chain is broken; whoever gets the error still owes the driver its head.
+    // One descriptor at a time is copied and checked, so a driver that changes them under the
+    // walk gets a chain of what was read, or a fault, but never memory outside of the table.
+    pub fn walk(
+        view: &Rc<View>,
+        table: &Area,
+        size: u16,
+        head: u16,
+        limits: &ChainLimits,
+    ) -> Result<Self, BrokenChain> {
+        let hold = view.hold();
+        let mut walk = Walk::new(view, limits);
+        match walk.ring(table, size, head) {
+            Ok(()) => {
+                let (source, dest) = walk.into_iters();
+                Ok(Self {
+                    head,
+                    source,
+                    dest,
+                    hold,
+                })
+            }
+            Err(fault) => Err(BrokenChain {
+                fault,
+                status: walk.status(),
+                hold,
+            }),
+        }
+    }
+
+    /// The index the chain is known by.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// The chain's parts: what the device reads, what it writes, and what keeps both mapped.
+    pub fn split(self) -> (IovIter<Source>, IovIter<Dest>, Hold) {
+        (self.source, self.dest, self.hold)
+    }
+}

@@ -1,0 +1,125 @@
+//! Areas: checked parts of a region that stay mapped, for rings and their like.
+#![expect(
+    unsafe_code,
+    reason = "forms a volatile slice from a pointer it keeps mapped"
+)]
+#![deny(
+    clippy::as_conversions,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects
+)]
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
+
+use vm_memory::{ByteValued, VolatileMemory, VolatileSlice};
+
+use super::region::Region;
+
+/// A resolved, checked part of one region that keeps its region mapped: what each of a vring's
+/// three parts lives in.
+///
+/// # Invariants
+/// `start` and the `len` bytes after it lie inside the mapping that `region` owns.
+#[derive(Clone, Debug)]
+pub struct Area {
+    start: NonNull<u8>,
+    len: usize,
+    guest_addr: u64,
+    region: Arc<Region>,
+}
+
+// SAFETY: the pointer is into the mapping that `region` (itself `Send` and `Sync`) keeps at its
+// place, and is only ever used for volatile or atomic accesses, from whatever thread.
+unsafe impl Send for Area {}
+
+impl Area {
+    /// The `len` bytes of `region` from `offset` on, if they lie inside it.
+    pub(crate) fn new(region: Arc<Region>, offset: u64, len: usize) -> Option<Self> {
+        let start = NonNull::new(region.slice(offset, len)?.ptr_guard_mut().as_ptr())?;
+        let guest_addr = region.guest_addr().checked_add(offset)?;
+        Some(Self {
+            start,
+            len,
+            guest_addr,
+            region,
+        })
+    }
+
+    /// Length in bytes; never zero.
+    #[expect(clippy::len_without_is_empty, reason = "an area is never empty")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Guest physical address of the first byte.
+    pub fn guest_addr(&self) -> u64 {
+        self.guest_addr
+    }
+
+    /// Whether a SIGBUS hit the area's region.
+    pub fn poisoned(&self) -> bool {
+        self.region.poisoned()
+    }
+
+    /// The 16-bit field at `offset` bytes, or nothing if it lies outside or is misaligned.
+    #[inline]
+    pub fn atomic_u16(&self, offset: usize) -> Option<&AtomicU16> {
+        let field = self.field::<u16>(offset)?;
+        // SAFETY: `field` checked bounds and alignment, `region` keeps it mapped while `self` is
+        // borrowed, and both sides touch ring fields only as atomics or volatile.
+        Some(unsafe { AtomicU16::from_ptr(field) })
+    }
+
+    /// The 32-bit field at `offset` bytes, or nothing if it lies outside or is misaligned.
+    #[inline]
+    pub fn atomic_u32(&self, offset: usize) -> Option<&AtomicU32> {
+        let field = self.field::<u32>(offset)?;
+        // SAFETY: as in `atomic_u16`.
+        Some(unsafe { AtomicU32::from_ptr(field) })
+    }
+
+    /// The 64-bit field at `offset` bytes, or nothing if it lies outside or is misaligned.
+    #[inline]
+    pub fn atomic_u64(&self, offset: usize) -> Option<&AtomicU64> {
+        let field = self.field::<u64>(offset)?;
+        // SAFETY: as in `atomic_u16`.
+        Some(unsafe { AtomicU64::from_ptr(field) })
+    }
+
+    /// One volatile copy of the `T` at `offset` bytes, or nothing if it does not lie inside.
+    #[inline]
+    pub fn load<T: ByteValued>(&self, offset: usize) -> Option<T> {
+        self.slice().get_ref(offset).ok().map(|field| field.load())
+    }
+
+    /// One volatile store of `value` at `offset` bytes; nothing if it does not lie inside.
+    #[inline]
+    pub fn store<T: ByteValued>(&self, offset: usize, value: T) -> Option<()> {
+        self.slice()
+            .get_ref(offset)
+            .ok()
+            .map(|field| field.store(value))
+    }
+
+    pub(crate) fn is_aligned(&self, align: usize) -> bool {
+        self.start.addr().get().is_multiple_of(align)
+    }
+
+    /// The address of an aligned `T` at `offset` bytes, if it lies inside.
+    #[inline]
+    fn field<T>(&self, offset: usize) -> Option<*mut T> {
+        let left = self.len.checked_sub(offset)?;
+        let field = self.start.as_ptr().wrapping_add(offset).cast::<T>();
+        (left >= size_of::<T>() && field.is_aligned()).then_some(field)
+    }
+
+    #[inline]
+    fn slice(&self) -> VolatileSlice<'_> {
+        // SAFETY: `new` took the pointer from a checked slice of `region`, which keeps it mapped
+        // for as long as `self`, and so the borrow, lives. The guest may write at any time, and
+        // nobody makes a plain reference to it.
+        unsafe { VolatileSlice::new(self.start.as_ptr(), self.len) }
+    }
+}
