@@ -13,6 +13,8 @@
 //! exactly one [`Completion`]. No virtio here: sectors, extents and bytes only.
 
 mod completion;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod device;
 mod file;
 mod geometry;

@@ -1,0 +1,3 @@
+//! The suite every device must pass.
+
+pub mod rig;
