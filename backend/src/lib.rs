@@ -2,8 +2,13 @@
 
 pub mod blk;
 pub mod cli;
+pub mod control;
 pub mod fds;
 pub mod limits;
 pub mod proto;
+pub mod session;
+pub mod start;
+#[cfg(test)]
+mod testing;
 pub mod vring;
 pub mod worker;

@@ -10,7 +10,7 @@ mod request;
 
 pub use config::ConfigError;
 pub use counters::Counters;
-pub use device::{BlkDevice, BlkOptions, SERIAL_BYTES, WriteCache};
+pub use device::{BlkDevice, BlkOptions, BlkOptionsError, SERIAL_BYTES, WriteCache};
 pub use profile::Profile;
 pub use ranges::Range;
 pub use request::{Admitted, Driver, Header, Kind, Malformed, RangeOp, Request, Status};

@@ -56,7 +56,7 @@ pub struct Args {
     pub null: Option<Size>,
 
     /// Serve the file read-only: nothing in the guest can write to it
-    #[arg(long, requires = "blk_file")]
+    #[arg(long, requires = "blk_file", conflicts_with_all = ["memory", "null"])]
     pub read_only: bool,
 
     /// The number of queues recommended to the guest [default: one per CPU]

@@ -8,6 +8,8 @@ mod areas;
 mod notify;
 mod split;
 mod state;
+#[cfg(test)]
+mod tests;
 
 pub use areas::{Addresses, Areas, VringError, check_size, resolve};
 pub use split::{AvailBroken, Split, Used};
