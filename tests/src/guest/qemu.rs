@@ -1,0 +1,264 @@
+//! How a guest is put together.
+
+use std::env;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::daemon::on_off;
+use super::{Daemon, Guest, GuestError, Images, Scratch};
+
+const ACCELERATOR: &str = "VUBLK_GUEST_ACCEL";
+/// The agent looks for its port under this name, and for the disks in these PCI slots.
+const AGENT_PORT: &str = "vublk.agent";
+const TOOLS_SLOT: u8 = 0x08;
+const FIRST_DISK_SLOT: u8 = 0x10;
+
+/// A disk of the guest, served over vhost-user. What is not set is QEMU's default.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    socket: PathBuf,
+    queues: u16,
+    properties: Vec<(String, String)>,
+}
+
+impl Disk {
+    /// The disk a daemon serves, with as many queues as the daemon offers.
+    #[must_use]
+    pub fn of(daemon: &Daemon) -> Self {
+        Self::at(daemon.socket(), daemon.queues())
+    }
+
+    /// The disk that is served behind `socket`.
+    #[must_use]
+    pub fn at(socket: &Path, queues: u16) -> Self {
+        Self {
+            socket: socket.to_owned(),
+            queues,
+            properties: Vec::new(),
+        }
+    }
+
+    /// The number of request queues the guest gets.
+    #[must_use]
+    pub fn queues(mut self, queues: u16) -> Self {
+        self.queues = queues;
+        self
+    }
+
+    /// The size of each vring, in entries.
+    #[must_use]
+    pub fn queue_size(self, entries: u16) -> Self {
+        self.property("queue-size", &entries.to_string())
+    }
+
+    /// Whether VIRTIO_RING_F_EVENT_IDX is let through.
+    #[must_use]
+    pub fn event_idx(self, on: bool) -> Self {
+        self.property("event_idx", on_off(on))
+    }
+
+    /// Whether VIRTIO_RING_F_INDIRECT_DESC is let through.
+    #[must_use]
+    pub fn indirect(self, on: bool) -> Self {
+        self.property("indirect_desc", on_off(on))
+    }
+
+    /// Any other property of QEMU's vhost-user-blk-pci.
+    #[must_use]
+    pub fn property(mut self, name: &str, value: &str) -> Self {
+        self.properties.push((name.to_owned(), value.to_owned()));
+        self
+    }
+}
+
+/// What `Guest::builder` returns: a guest with two CPUs, 256 MiB of plain memory and no disk.
+#[derive(Debug, Clone)]
+pub struct Builder {
+    memory_mib: u32,
+    huge_pages: bool,
+    cpus: u16,
+    disks: Vec<Disk>,
+    arguments: Vec<OsString>,
+}
+
+impl Default for Builder {
+    fn default() -> Self {
+        Self {
+            memory_mib: 256,
+            huge_pages: false,
+            cpus: 2,
+            disks: Vec::new(),
+            arguments: Vec::new(),
+        }
+    }
+}
+
+impl Builder {
+    /// The size of the guest's memory, in MiB.
+    #[must_use]
+    pub fn memory_mib(mut self, mib: u32) -> Self {
+        self.memory_mib = mib;
+        self
+    }
+
+    /// Takes the guest's memory from huge pages; the caller reserves them with `HugePages`.
+    #[must_use]
+    pub fn huge_pages(mut self) -> Self {
+        self.huge_pages = true;
+        self
+    }
+
+    /// The number of virtual CPUs. Linux uses no more queues of a disk than it has CPUs.
+    #[must_use]
+    pub fn cpus(mut self, cpus: u16) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Adds a disk: /dev/disk0 in the guest for the first, /dev/disk1 for the second, up to eight.
+    #[must_use]
+    pub fn disk(mut self, disk: Disk) -> Self {
+        self.disks.push(disk);
+        self
+    }
+
+    /// Adds an argument to QEMU's command line.
+    #[must_use]
+    pub fn argument(mut self, argument: impl Into<OsString>) -> Self {
+        self.arguments.push(argument.into());
+        self
+    }
+
+    /// Starts QEMU and waits until the agent in the guest is ready.
+    ///
+    /// # Errors
+    /// `NoImages`; `Ended` with QEMU's output, `TimedOut` with the guest's console.
+    pub fn boot(&self, scratch: &Scratch) -> Result<Guest, GuestError> {
+        let mut guest = self.start(scratch)?;
+        guest.wait_ready()?;
+        Ok(guest)
+    }
+
+    /// Starts QEMU and does not wait for the guest, which may never boot: the destination of a
+    /// migration, for example.
+    ///
+    /// # Errors
+    /// As `boot`, but only for QEMU itself.
+    pub fn start(&self, scratch: &Scratch) -> Result<Guest, GuestError> {
+        let name = scratch.unique("guest");
+        let paths = Paths::new(scratch, &name);
+        let command = self.command(&Images::find()?, &paths)?;
+        Guest::start(command, paths)
+    }
+
+    fn command(&self, images: &Images, paths: &Paths) -> Result<Command, GuestError> {
+        let memory = self.memory_mib;
+        let backend = if self.huge_pages {
+            ",hugetlb=on,hugetlbsize=2M"
+        } else {
+            ""
+        };
+        let mut command = Command::new("qemu-system-x86_64");
+        command
+            .args(["-nodefaults", "-no-user-config", "-display", "none"])
+            .args(accelerator()?)
+            .args([
+                "-smp",
+                &self.cpus.to_string(),
+                "-m",
+                &format!("{memory}M"),
+                "-object",
+            ])
+            .arg(format!(
+                "memory-backend-memfd,id=mem,size={memory}M,share=on{backend}"
+            ))
+            .args(["-machine", "q35,memory-backend=mem"])
+            .arg("-kernel")
+            .arg(&images.kernel)
+            .arg("-initrd")
+            .arg(&images.initramfs)
+            .args(["-append", "console=ttyS0 panic=-1 quiet"])
+            .arg("-serial")
+            .arg(with_path("file:", &paths.console, ""))
+            .arg("-qmp")
+            .arg(with_path("unix:", &paths.qmp, ",server=on,wait=off"))
+            .args(["-device", "virtio-serial-pci,addr=0x06", "-chardev"])
+            .arg(with_path(
+                "socket,id=agent,path=",
+                &paths.agent,
+                ",server=on,wait=off",
+            ))
+            .args([
+                "-device",
+                &format!("virtserialport,chardev=agent,name={AGENT_PORT}"),
+                "-drive",
+            ])
+            .arg(with_path(
+                "if=none,id=tools,format=raw,readonly=on,file=",
+                &images.tools,
+                "",
+            ))
+            .args([
+                "-device",
+                &format!("virtio-blk-pci,drive=tools,addr={TOOLS_SLOT:#x}"),
+            ]);
+        for (slot, disk) in (FIRST_DISK_SLOT..).zip(&self.disks) {
+            let id = format!("disk{}", slot - FIRST_DISK_SLOT);
+            command.arg("-chardev").arg(with_path(
+                &format!("socket,id={id},path="),
+                &disk.socket,
+                "",
+            ));
+            let queues = disk.queues;
+            let mut device =
+                format!("vhost-user-blk-pci,chardev={id},addr={slot:#x},num-queues={queues}");
+            for (name, value) in &disk.properties {
+                device.push_str(&format!(",{name}={value}"));
+            }
+            command.args(["-device", &device]);
+        }
+        command.args(&self.arguments);
+        Ok(command)
+    }
+}
+
+/// The sockets and files of one QEMU.
+#[derive(Debug)]
+pub(super) struct Paths {
+    pub(super) agent: PathBuf,
+    pub(super) qmp: PathBuf,
+    pub(super) console: PathBuf,
+    pub(super) log: PathBuf,
+}
+
+impl Paths {
+    fn new(scratch: &Scratch, name: &str) -> Self {
+        Self {
+            agent: scratch.socket(&format!("{name}.agent")),
+            qmp: scratch.socket(&format!("{name}.qmp")),
+            console: scratch.file(&format!("{name}.console")),
+            log: scratch.file(&format!("{name}.log")),
+        }
+    }
+}
+
+fn accelerator() -> Result<[&'static str; 4], GuestError> {
+    match env::var(ACCELERATOR).as_deref() {
+        Err(_) | Ok("tcg") => Ok(["-accel", "tcg,thread=multi", "-cpu", "max"]),
+        Ok("kvm") => Ok(["-accel", "kvm", "-cpu", "host"]),
+        Ok(value) => Err(GuestError::Environment {
+            name: ACCELERATOR,
+            value: value.to_owned(),
+            expected: "tcg or kvm",
+        }),
+    }
+}
+
+/// QEMU splits its arguments at commas; a comma in a path is written twice.
+fn with_path(prefix: &str, path: &Path, suffix: &str) -> OsString {
+    let mut argument = OsString::from(prefix);
+    argument.push(path.to_string_lossy().replace(',', ",,"));
+    argument.push(suffix);
+    argument
+}
