@@ -1,17 +1,17 @@
 //! The front end's socket: whole messages with their descriptors, never blocking.
-#![expect(
-    unsafe_code,
-    reason = "ScmSocket reads into raw vectors and hands out raw descriptors"
-)]
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, send,
+};
 use thiserror::Error;
-use vmm_sys_util::errno;
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use super::code::Code;
 use super::header::{HEADER_BYTES, Header, StreamFault};
 use crate::limits::MAX_MESSAGE_FDS;
 
@@ -49,9 +49,12 @@ pub enum ConnectionError {
     /// The front end does not read its replies.
     #[error("the front end does not read its replies")]
     Stuck,
+    /// A message is refused that is owed a reply, and its reply cannot say no.
+    #[error("{0} cannot be answered, and its reply cannot say so")]
+    Unanswerable(Code),
     /// The socket failed.
     #[error("the socket failed")]
-    Io(#[source] io::Error),
+    Io(#[source] Errno),
 }
 
 /// One front end's connection, with what of a message came so far.
@@ -67,20 +70,17 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Takes a connected stream and makes it non-blocking.
-    ///
-    /// # Errors
-    /// When the kernel refuses that.
-    pub fn new(stream: UnixStream) -> io::Result<Connection> {
-        stream.set_nonblocking(true)?;
-        Ok(Connection {
+    /// Takes a connected stream.
+    #[must_use]
+    pub fn new(stream: UnixStream) -> Connection {
+        Connection {
             stream,
             head: [0; HEADER_BYTES],
             header: None,
             payload: Vec::new(),
             have: 0,
             fds: Vec::new(),
-        })
+        }
     }
 
     /// The next message, or none if it has not come whole yet.
@@ -126,15 +126,17 @@ impl Connection {
     /// full socket means that it stopped reading.
     pub fn send(&self, reply: &[u8]) -> Result<(), ConnectionError> {
         loop {
-            return match self.stream.send_with_fds(&[reply], &[]) {
+            return match send(
+                &self.stream,
+                reply,
+                SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+            ) {
                 Ok(sent) if sent == reply.len() => Ok(()),
                 Ok(_) => Err(ConnectionError::Stuck),
-                Err(error) => match error.errno() {
-                    libc::EINTR => continue,
-                    libc::EAGAIN => Err(ConnectionError::Stuck),
-                    libc::EPIPE | libc::ECONNRESET => Err(ConnectionError::HungUp),
-                    _ => Err(ConnectionError::Io(error.into())),
-                },
+                Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) => Err(ConnectionError::Stuck),
+                Err(Errno::PIPE | Errno::CONNRESET) => Err(ConnectionError::HungUp),
+                Err(error) => Err(ConnectionError::Io(error)),
             };
         }
     }
@@ -179,48 +181,29 @@ fn read(
     stream: &UnixStream,
     into: &mut [u8],
 ) -> Result<Option<(usize, Vec<OwnedFd>)>, ConnectionError> {
-    let mut raw: [RawFd; MAX_MESSAGE_FDS] = [-1; MAX_MESSAGE_FDS];
-    loop {
-        let mut vectors = [libc::iovec {
-            iov_base: into.as_mut_ptr().cast(),
-            iov_len: into.len(),
-        }];
-        // SAFETY: the one vector covers `into`, which is borrowed mutably for the whole call, and
-        // any bytes are valid in it.
-        match unsafe { stream.recv_with_fds(&mut vectors, &mut raw) } {
-            Ok((bytes, count)) => {
-                let fds = raw.iter().take(count).map(|&fd| adopt(fd)).collect();
-                return Ok(Some((bytes, fds)));
-            }
-            Err(error) => match error.errno() {
-                libc::EINTR => {}
-                libc::EAGAIN => return Ok(None),
-                // What ScmSocket says when control data was cut off; it closed what did arrive.
-                libc::ENOBUFS => return Err(ConnectionError::TooManyDescriptors),
-                libc::ECONNRESET => return Err(ConnectionError::HungUp),
-                _ => return Err(io_error(error)),
-            },
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_MESSAGE_FDS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let received = loop {
+        match recvmsg(stream, &mut [IoSliceMut::new(into)], &mut control, flags) {
+            Ok(received) => break received,
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => return Ok(None),
+            Err(Errno::CONNRESET) => return Err(ConnectionError::HungUp),
+            Err(error) => return Err(ConnectionError::Io(error)),
+        }
+    };
+    let mut fds = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            fds.extend(rights);
         }
     }
-}
-
-/// Takes a descriptor that has just arrived, and makes it close-on-exec.
-fn adopt(fd: RawFd) -> OwnedFd {
-    // SAFETY: the kernel has just installed `fd` for this process and `read` is given every number
-    // once, so nobody else owns it.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: F_SETFD takes an integer and touches no memory; `fd` is open.
-    if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
-        log::warn!(
-            "a received descriptor stays open over exec: {}",
-            io::Error::last_os_error()
-        );
+    // The kernel cuts off what does not fit and closes it; alignment may leave room for one more.
+    if received.flags.contains(ReturnFlags::CTRUNC) || fds.len() > MAX_MESSAGE_FDS {
+        return Err(ConnectionError::TooManyDescriptors);
     }
-    fd
-}
-
-fn io_error(error: errno::Error) -> ConnectionError {
-    ConnectionError::Io(error.into())
+    Ok(Some((received.bytes, fds)))
 }
 
 #[cfg(test)]

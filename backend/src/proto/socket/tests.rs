@@ -1,12 +1,14 @@
 use std::fs::File;
 use std::io::{Read, Write};
 
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
 use super::*;
 use crate::proto::{Code, Reply};
 
 fn pair() -> (UnixStream, Connection) {
     let (theirs, ours) = UnixStream::pair().unwrap();
-    (theirs, Connection::new(ours).unwrap())
+    (theirs, Connection::new(ours))
 }
 
 fn message(code: u32, payload: &[u8]) -> Vec<u8> {
@@ -60,9 +62,8 @@ fn received_descriptors_are_close_on_exec() {
     let (theirs, mut ours) = pair();
     send_with_fds(&theirs, &message(12, &[0; 8]), 1);
     let received = ours.receive().unwrap().unwrap();
-    // SAFETY: F_GETFD touches no memory; the descriptor is open.
-    let flags = unsafe { libc::fcntl(received.fds[0].as_raw_fd(), libc::F_GETFD) };
-    assert_eq!(flags, libc::FD_CLOEXEC);
+    let flags = rustix::io::fcntl_getfd(&received.fds[0]).unwrap();
+    assert_eq!(flags, rustix::io::FdFlags::CLOEXEC);
 }
 
 #[test]

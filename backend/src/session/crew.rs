@@ -1,0 +1,32 @@
+//! What a session needs of the workers.
+
+use crate::worker::{Command, VringId, Workers};
+
+/// The workers of the daemon, as a session sees them: commands go in, reports come back to the
+/// session through [`Session::reported`](super::Session::reported).
+///
+/// A trait, so that tests and fuzzers drive a session without threads.
+pub trait Crew {
+    /// How many workers there are.
+    fn count(&self) -> usize;
+
+    /// The worker that owns a vring.
+    fn owner(&self, id: VringId) -> usize;
+
+    /// Sends a command to one worker.
+    fn send(&self, worker: usize, command: Command);
+}
+
+impl Crew for Workers {
+    fn count(&self) -> usize {
+        Workers::count(self)
+    }
+
+    fn owner(&self, id: VringId) -> usize {
+        Workers::owner(self, id)
+    }
+
+    fn send(&self, worker: usize, command: Command) {
+        Workers::send(self, worker, command);
+    }
+}

@@ -1,0 +1,253 @@
+//! One front end's session: the state its messages build up, and what they make the workers do.
+//!
+//! A [`Session`] never blocks and never touches a vring's hot state: it sends commands to the
+//! workers, and a message whose answer depends on them becomes a [`Wait`] that their reports end.
+//! A [`Link`] ties a session to its socket.
+
+mod chatter;
+mod config;
+mod crew;
+mod eventfd;
+mod features;
+mod link;
+mod memory;
+mod negotiation;
+mod refusal;
+mod reset;
+mod vrings;
+
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use iov_iter::MemoryTable;
+
+pub use chatter::Causes;
+pub use crew::Crew;
+pub use features::{Feature, OFFERED};
+pub use link::{Link, Wants};
+pub use memory::Epochs;
+pub use refusal::Refusal;
+
+use crate::blk::BlkDevice;
+use crate::limits::{MAX_REGIONS, MAX_VRINGS};
+use crate::proto::{Code, Message, Reply};
+use crate::worker::{Report, StopMode, TableEpoch};
+use features::Negotiation;
+use vrings::{Life, Vring};
+
+/// What became of a message.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Step {
+    /// It is done; its own reply, if it has one.
+    Done(Option<Reply>),
+    /// It is done when the workers have reported.
+    Wait(Wait),
+}
+
+impl Step {
+    /// Done, without a reply of its own.
+    const DONE: Step = Step::Done(None);
+}
+
+/// What a message waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Every worker uses this table.
+    Adopted(TableEpoch),
+    /// No worker has a request on a table before this one.
+    Released(TableEpoch),
+    /// This vring has stopped.
+    Stopped(u16),
+    /// Every vring has stopped, so that the device can be reset.
+    Reset,
+}
+
+/// The state of one front end's session.
+#[derive(Debug)]
+pub struct Session {
+    device: Arc<BlkDevice>,
+    negotiation: Negotiation,
+    table: Arc<MemoryTable>,
+    epochs: Epochs,
+    vrings: Vec<Vring>,
+    /// The socket for messages of ours (SET_BACKEND_REQ_FD), kept for as long as the session.
+    back_channel: Option<OwnedFd>,
+    /// The empty table that ended the session.
+    last: Option<TableEpoch>,
+}
+
+impl Session {
+    /// A new session with `device`; every vring of an earlier one is stopped by now.
+    #[must_use]
+    pub fn new(device: Arc<BlkDevice>, epochs: Epochs) -> Session {
+        device.reset();
+        Session {
+            device,
+            negotiation: Negotiation::new(),
+            table: Arc::new(MemoryTable::empty()),
+            epochs,
+            vrings: (0..MAX_VRINGS).map(|_| Vring::new()).collect(),
+            back_channel: None,
+            last: None,
+        }
+    }
+
+    /// Handles a message.
+    ///
+    /// # Errors
+    /// Why the message was refused; the session is as it was.
+    pub fn handle(
+        &mut self,
+        code: Code,
+        message: Message,
+        crew: &dyn Crew,
+    ) -> Result<Step, Refusal> {
+        self.negotiation.check(code)?;
+        let number = |value| Ok(Step::Done(Some(Reply::U64(value))));
+        match message {
+            Message::GetFeatures => number(self.device.offered_features()),
+            Message::SetFeatures(acked) => self.set_features(acked, crew),
+            Message::GetProtocolFeatures => number(Negotiation::offered()),
+            Message::SetProtocolFeatures(acked) => self.set_protocol_features(acked),
+            // Whoever holds the socket owns the session; saying so again changes nothing.
+            Message::SetOwner => Ok(Step::DONE),
+            Message::ResetOwner => Ok(self.reset_owner(crew)),
+            Message::ResetDevice => Ok(self.reset_device(crew)),
+            Message::SetMemTable(regions) => self.set_mem_table(regions, crew),
+            Message::GetMaxMemSlots => number(u64::try_from(MAX_REGIONS).unwrap_or(u64::MAX)),
+            Message::AddMemReg(region, fd) => self.add_mem_reg(region, fd, crew),
+            Message::RemMemReg(region) => self.rem_mem_reg(region, crew),
+            Message::GetQueueNum => number(u64::from(MAX_VRINGS)),
+            Message::SetVringNum { index, size } => self.set_vring_num(index, size),
+            // The log is not offered, so what the message says of it means nothing.
+            Message::SetVringAddr {
+                index,
+                addresses,
+                log_used: _,
+                log_addr: _,
+            } => self.set_vring_addr(index, addresses),
+            Message::SetVringBase { index, base } => self.set_vring_base(index, base),
+            Message::GetVringBase { index } => self.get_vring_base(index, crew),
+            Message::SetVringKick { index, fd } => self.set_vring_kick(index, fd, crew),
+            Message::SetVringCall { index, fd } => self.set_vring_call(index, fd, crew),
+            Message::SetVringErr { index, fd } => self.set_vring_err(index, fd, crew),
+            Message::SetVringEnable { index, enable } => self.set_vring_enable(index, enable, crew),
+            Message::SetBackendReqFd(fd) => self.set_backend_req_fd(fd),
+            Message::GetConfig(range) => self.get_config(range),
+            Message::SetConfig(range, bytes) => self.set_config(range, &bytes),
+        }
+    }
+
+    /// Takes a worker's report.
+    pub fn reported(&mut self, worker: usize, report: Report) {
+        self.epochs.reported(worker, report);
+        if let Report::Stopped { id, next_avail } = report
+            && let Some(vring) = self.vrings.get_mut(usize::from(id.index))
+            && vring.life == Life::Stopping
+        {
+            vring.stopped(next_avail);
+        }
+    }
+
+    /// What a wait came to, once its condition holds.
+    pub fn settle(&mut self, wait: Wait) -> Option<Option<Reply>> {
+        match wait {
+            Wait::Adopted(epoch) => self.epochs.all_adopted(epoch).then_some(None),
+            Wait::Released(epoch) => self.epochs.holders(epoch).is_empty().then_some(None),
+            Wait::Stopped(index) => {
+                let vring = self.vrings.get(usize::from(index))?;
+                let base = vring.next_avail();
+                let reply = Reply::VringBase {
+                    index: u32::from(index),
+                    base,
+                };
+                (vring.life == Life::Stopped).then_some(Some(reply))
+            }
+            Wait::Reset => self.all_stopped().then(|| {
+                self.finish_reset();
+                None
+            }),
+        }
+    }
+
+    /// Ends the session: every vring stops, and every region is given back.
+    pub fn end(&mut self, mode: StopMode, crew: &dyn Crew) {
+        if self.last.is_none() {
+            self.stop_all(mode, crew);
+            self.last = Some(self.send_table(MemoryTable::empty(), crew));
+            self.back_channel = None;
+        }
+    }
+
+    /// Whether the session has ended and no request of it is left.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.last
+            .is_some_and(|last| self.epochs.holders(last).is_empty() && self.all_stopped())
+    }
+
+    /// What a session that has ended leaves for the next one.
+    #[must_use]
+    pub fn into_epochs(self) -> Epochs {
+        self.epochs
+    }
+
+    /// Whether the front end took memory away that it had given.
+    #[must_use]
+    pub fn poisoned(&self) -> bool {
+        self.table.poisoned()
+    }
+
+    /// What of a wait has not come yet, for the log.
+    #[must_use]
+    pub fn missing(&self, wait: Wait) -> Missing<'_> {
+        Missing {
+            session: self,
+            wait: Some(wait),
+        }
+    }
+
+    /// What the end of the session still waits for, for the log.
+    #[must_use]
+    pub fn leftovers(&self) -> Missing<'_> {
+        Missing {
+            session: self,
+            wait: self.last.map(Wait::Released),
+        }
+    }
+}
+
+/// Says what has not come yet.
+#[derive(Debug)]
+pub struct Missing<'a> {
+    session: &'a Session,
+    wait: Option<Wait>,
+}
+
+impl fmt::Display for Missing<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Missing { session, wait } = self;
+        match wait {
+            Some(Wait::Released(epoch)) => {
+                let workers = session.epochs.holders(*epoch);
+                write!(
+                    f,
+                    "requests of workers {workers:?} that use earlier guest memory"
+                )?;
+            }
+            Some(Wait::Adopted(_)) => f.write_str("workers that have not taken the new memory")?,
+            Some(Wait::Stopped(_) | Wait::Reset) | None => {}
+        }
+        let stopping = session.vrings.iter().enumerate();
+        let stopping = stopping.filter(|(_, vring)| vring.life == Life::Stopping);
+        let vrings: Vec<usize> = stopping.map(|(index, _)| index).collect();
+        if vrings.is_empty() {
+            return Ok(());
+        }
+        write!(f, "; requests in flight of vrings {vrings:?}")
+    }
+}
+
+#[cfg(test)]
+mod tests;

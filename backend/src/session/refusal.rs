@@ -1,0 +1,84 @@
+//! Why a message was refused. The front end broke the specification; everything else goes on.
+
+use std::io;
+
+use iov_iter::MemoryError;
+use thiserror::Error;
+
+use crate::blk::ConfigError;
+use crate::limits::MAX_VRINGS;
+use crate::proto::Malformed;
+use crate::vring::VringError;
+
+/// Why a message was refused.
+#[derive(Debug, Error)]
+pub enum Refusal {
+    /// It is not a message, or none of ours.
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
+    /// Its protocol feature was not negotiated.
+    #[error("it belongs to protocol feature {0}, which was not negotiated")]
+    NotNegotiated(&'static str),
+    /// Features were acknowledged that are not offered.
+    #[error("features {0:#x} are not offered")]
+    Features(u64),
+    /// Features that shape a ring changed while one runs.
+    #[error("features {0:#x} cannot change while a vring is started")]
+    FeaturesInUse(u64),
+    /// There is no such vring.
+    #[error("vring {0}: there are {MAX_VRINGS}")]
+    VringIndex(u32),
+    /// The vring is started, and this cannot change while it is.
+    #[error("vring {0} is started")]
+    Started(u16),
+    /// The vring is about to stop.
+    #[error("vring {0} is about to stop")]
+    Stopping(u16),
+    /// The vring was told to start before it was told everything it needs.
+    #[error("vring {index} has no {missing} yet")]
+    NotReady {
+        /// The vring.
+        index: u16,
+        /// The message that is missing.
+        missing: &'static str,
+    },
+    /// The vring's size or a part of it cannot be used.
+    #[error("vring {index}")]
+    Vring {
+        /// The vring.
+        index: u16,
+        /// What is wrong with it.
+        source: VringError,
+    },
+    /// A number is beyond what its field means.
+    #[error("{what} {value} is out of range")]
+    OutOfRange {
+        /// The field.
+        what: &'static str,
+        /// Its value.
+        value: u32,
+    },
+    /// A kick, call or err that is not an eventfd.
+    #[error("the file descriptor is not an eventfd but {0}")]
+    NotEventFd(String),
+    /// A kick, call or err that cannot be examined.
+    #[error("the file descriptor cannot be examined")]
+    Descriptor(#[source] io::Error),
+    /// The back-end channel is not a socket.
+    #[error("the file descriptor is not a socket")]
+    NotSocket,
+    /// The memory table cannot be had.
+    #[error("guest memory")]
+    Memory(#[from] MemoryError),
+    /// The range of the configuration space cannot be read.
+    #[error("{size} bytes of the configuration space at {offset:#x} cannot be read")]
+    ConfigRange {
+        /// First byte asked for.
+        offset: u32,
+        /// Bytes asked for.
+        size: u32,
+    },
+    /// The configuration space cannot be written so.
+    #[error("the configuration space")]
+    Config(#[from] ConfigError),
+}
