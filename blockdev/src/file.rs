@@ -50,7 +50,9 @@ impl FileDevice {
         };
         // Looked at before it is opened: opening a fifo would wait for its other end.
         let metadata = std::fs::metadata(path).map_err(failed("find it"))?;
-        let kind = probe::kind(&metadata).ok_or_else(|| OpenError::NotStorage(path.to_owned()))?;
+        if !probe::stores_blocks(&metadata) {
+            return Err(OpenError::NotStorage(path.to_owned()));
+        }
         let file = OpenOptions::new()
             .read(true)
             .write(options.access == Access::ReadWrite)
@@ -58,9 +60,10 @@ impl FileDevice {
             .open(path)
             .map_err(failed("open it"))?;
         let opened = file.metadata().map_err(failed("look at it"))?;
-        if probe::kind(&opened) != Some(kind) {
+        if !probe::stores_blocks(&opened) {
             return Err(OpenError::NotStorage(path.to_owned()));
         }
+        let kind = probe::kind(&file).map_err(failed("ask for its sector size"))?;
         if options.access == Access::ReadWrite && probe::is_read_only(&file, kind) {
             return Err(failed("write to it")(io::Error::from_raw_os_error(
                 libc::EROFS,

@@ -104,6 +104,22 @@ impl Extent {
 }
 
 impl Extent {
+    /// The part of the extent that consists of whole units of `unit` bytes, a power of two.
+    pub(crate) fn whole_units(self, unit: u32) -> Self {
+        let unit = u64::from(unit.max(1));
+        let last = self.end() - self.end() % unit;
+        match self.offset.checked_next_multiple_of(unit) {
+            Some(first) if first < last => Self {
+                offset: first,
+                len: last - first,
+            },
+            Some(_) | None => Self {
+                offset: self.offset,
+                len: 0,
+            },
+        }
+    }
+
     /// The part of the extent before byte `end` of the device.
     pub(crate) const fn until(self, end: u64) -> Self {
         let room = end.saturating_sub(self.offset);
@@ -227,6 +243,21 @@ mod tests {
             (at.advance(9999).offset(), at.advance(9999).len()),
             (2048, 0)
         );
+    }
+
+    #[test]
+    fn whole_units_lie_inside_the_extent() {
+        let whole = |start, len| {
+            let at = Extent::new(Sector(start), len, Sector(64))
+                .unwrap()
+                .whole_units(4096);
+            (at.offset(), at.len())
+        };
+        assert_eq!(whole(0, 4096), (0, 4096));
+        assert_eq!(whole(1, 4096).1, 0);
+        assert_eq!(whole(1, 4096 + 3584), (4096, 4096));
+        assert_eq!(whole(9, 512).1, 0);
+        assert_eq!(whole(7, 3 * 4096), (4096, 8192));
     }
 
     #[test]

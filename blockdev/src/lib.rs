@@ -16,6 +16,8 @@ mod completion;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod device;
+mod event;
+pub mod fault;
 mod file;
 mod geometry;
 mod memory;

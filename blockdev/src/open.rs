@@ -7,6 +7,7 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use crate::device::BlockDevice;
+use crate::fault::{FaultDevice, FaultHandle, FaultPlan};
 use crate::file::FileDevice;
 use crate::geometry::{Access, BLOCK_SIZES};
 use crate::memory::MemoryDevice;
@@ -57,6 +58,16 @@ pub fn memory(size: u64, block_size: u32) -> Result<Arc<dyn BlockDevice>, OpenEr
 /// When the block size is not one, or there is not a whole block.
 pub fn null(size: u64, block_size: u32) -> Result<Arc<dyn BlockDevice>, OpenError> {
     Ok(Arc::new(NullDevice::new(size, block_size)?))
+}
+
+/// A device in memory that misbehaves by plan, and the handle that steers it.
+///
+/// # Errors
+/// When the block size is not one, there is not a whole block, or the host has no memory or no
+/// thread left.
+pub fn fault(plan: FaultPlan) -> Result<(Arc<dyn BlockDevice>, FaultHandle), OpenError> {
+    let (device, handle) = FaultDevice::new(plan)?;
+    Ok((Arc::new(device), handle))
 }
 
 /// A device could not be opened. It says what to do about it where there is something.

@@ -165,8 +165,15 @@ impl Ring {
         let Some(known) = self.files.get(file.0 as usize) else {
             return self.complete(Completion::failed(tag, op, IoError::Os(libc::EBADF)));
         };
-        let empty = op.extent().is_some_and(|at| at.is_empty());
-        if empty {
+        let nothing_to_do = match &op {
+            // A discard is advice: what is no whole sector keeps its contents.
+            Op::Discard { at, .. } => known.whole_sectors(*at).is_empty(),
+            Op::Read { at, .. } | Op::Write { at, .. } | Op::WriteZeroes { at, .. } => {
+                at.is_empty()
+            }
+            Op::Flush { .. } => false,
+        };
+        if nothing_to_do {
             return self.complete(Completion {
                 tag,
                 op,
@@ -189,10 +196,17 @@ impl Ring {
 
     /// Keeps an op while a device's own threads work on it. Only this thread may touch its memory
     /// meanwhile, through [`Self::parked`]: dropping the ring drops the op.
-    pub fn park(&mut self, tag: Tag, op: Op) {
-        if let Err(flight) = self.slots.insert(tag, Flight::parked(op)) {
-            self.complete(busy(tag, flight));
-        }
+    ///
+    /// # Errors
+    /// The op's completion when its tag is in flight already, for [`Self::complete`].
+    #[expect(
+        clippy::result_large_err,
+        reason = "the op comes back by value and is never lost"
+    )]
+    pub fn park(&mut self, tag: Tag, op: Op) -> Result<(), Completion> {
+        self.slots
+            .insert(tag, Flight::parked(op))
+            .map_err(|flight| busy(tag, flight))
     }
 
     /// The parked op with this tag.
@@ -325,7 +339,9 @@ impl Ring {
         let Some(file) = self.files.get(flight.file as usize) else {
             return;
         };
-        let Some(call) = flight.call() else { return };
+        let Some(call) = flight.call(file) else {
+            return;
+        };
         flight.calling = true;
         if let Core::Uring(uring) = &mut self.core {
             // SAFETY: the call points into the slot's op. The op leaves the slot only in

@@ -1,5 +1,7 @@
 //! The ring by itself: what it promises about eventfds, tags and waiting, on both engines.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail like the test")]
+
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -184,10 +186,11 @@ fn many_watches_are_told_apart() {
         let mut left: std::collections::BTreeSet<u32> = (0..300).collect();
         events.iter().for_each(signal);
         while !left.is_empty() {
-            match wait(&mut ring) {
-                Event::Ready(token) => assert!(left.remove(&token), "{token} once"),
-                other => panic!("{other:?}"),
-            }
+            let event = wait(&mut ring);
+            let Event::Ready(token) = event else {
+                panic!("{event:?}")
+            };
+            assert!(left.remove(&token), "{token} once");
         }
     }
 }
@@ -252,13 +255,12 @@ fn a_tag_in_flight_is_refused_and_its_first_op_goes_on() {
         assert_eq!(ring.in_flight(), 2);
         let mut outcomes = Vec::new();
         while outcomes.len() < 2 {
-            match wait(&mut ring) {
-                Event::Done(completion) => {
-                    assert_eq!(completion.tag, Tag(4));
-                    outcomes.push((completion.op.payload(), completion.outcome));
-                }
-                other => panic!("{other:?}"),
-            }
+            let event = wait(&mut ring);
+            let Event::Done(completion) = event else {
+                panic!("{event:?}")
+            };
+            assert_eq!(completion.tag, Tag(4));
+            outcomes.push((completion.op.payload(), completion.outcome));
         }
         outcomes.sort_by_key(|(payload, _)| *payload);
         assert_eq!(outcomes[0], (0, Ok(())));
@@ -273,8 +275,9 @@ fn parked_ops_end_when_their_device_says_so() {
         let device = open::null(1 << 20, 512).unwrap();
         let rig = Rig::new(&device, engine);
         let mut ring = Ring::new(engine).unwrap();
-        ring.park(Tag(0), rig.write_op(8, &[(0, 4096)], Durability::Cached));
-        ring.park(Tag(70), rig.flush_op());
+        ring.park(Tag(0), rig.write_op(8, &[(0, 4096)], Durability::Cached))
+            .unwrap();
+        ring.park(Tag(70), rig.flush_op()).unwrap();
         assert_eq!((ring.in_flight(), rig.holds()), (2, 2));
         assert!(ring.parked(Tag(1)).is_none() && ring.parked(Tag(71)).is_none());
         assert_eq!(ring.parked(Tag(0)).unwrap().payload(), 4096);

@@ -41,16 +41,19 @@ pub(super) struct DirectNeeds {
     pub(super) offset: u32,
 }
 
-/// What kind of storage the file is; `None` for everything that stores no blocks.
-pub(super) fn kind(metadata: &std::fs::Metadata) -> Option<FileKind> {
-    let file_type = metadata.file_type();
-    if file_type.is_file() {
-        Some(FileKind::Regular)
-    } else if file_type.is_block_device() {
-        Some(FileKind::Block)
-    } else {
-        None
+/// Whether blocks can be stored there at all.
+pub(super) fn stores_blocks(metadata: &std::fs::Metadata) -> bool {
+    metadata.file_type().is_file() || metadata.file_type().is_block_device()
+}
+
+/// What kind of storage an open file is.
+pub(super) fn kind(file: &File) -> io::Result<FileKind> {
+    if file.metadata()?.file_type().is_block_device() {
+        return Ok(FileKind::Block {
+            sector_size: ask(file, libc::BLKSSZGET)?,
+        });
     }
+    Ok(FileKind::Regular)
 }
 
 /// Asks for everything but O_DIRECT's needs.
@@ -74,10 +77,10 @@ pub(super) fn facts(file: &File, kind: FileKind) -> io::Result<Facts> {
                 }),
             })
         }
-        FileKind::Block => Ok(Facts {
+        FileKind::Block { sector_size } => Ok(Facts {
             kind,
             size,
-            logical: ask(file, libc::BLKSSZGET)?,
+            logical: sector_size,
             physical: ask(file, libc::BLKPBSZGET)?,
             // -1 is the kernel's word for a stack of devices that cannot be aligned.
             alignment_offset: ask(file, BLKALIGNOFF).unwrap_or(0),
@@ -92,7 +95,7 @@ pub(super) fn facts(file: &File, kind: FileKind) -> io::Result<Facts> {
 pub(super) fn size(file: &File, kind: FileKind) -> io::Result<u64> {
     match kind {
         FileKind::Regular => Ok(file.metadata()?.len()),
-        FileKind::Block => {
+        FileKind::Block { .. } => {
             let mut size = 0u64;
             // SAFETY: BLKGETSIZE64 writes one u64 to the pointer, which is a local.
             let result = unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &raw mut size) };
@@ -107,7 +110,7 @@ pub(super) fn size(file: &File, kind: FileKind) -> io::Result<u64> {
 
 /// Whether the block layer takes no writes for this device, whatever the file's mode.
 pub(super) fn is_read_only(file: &File, kind: FileKind) -> bool {
-    kind == FileKind::Block && ask(file, BLKROGET).is_ok_and(|flag| flag != 0)
+    kind != FileKind::Regular && ask(file, BLKROGET).is_ok_and(|flag| flag != 0)
 }
 
 /// Switches O_DIRECT on and says what it needs; `None`, with O_DIRECT off, when the file system
@@ -121,7 +124,7 @@ pub(super) fn go_direct(file: &File, facts: &Facts) -> io::Result<Option<DirectN
     let needs = match asked_needs(file) {
         Some(needs) => needs,
         None => match facts.kind {
-            FileKind::Block => Some(DirectNeeds {
+            FileKind::Block { .. } => Some(DirectNeeds {
                 memory: facts.logical,
                 offset: facts.logical,
             }),

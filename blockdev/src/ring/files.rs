@@ -3,13 +3,19 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
+use crate::geometry::Extent;
+
 /// What kind of file a device does I/O on; decides how space is given back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileKind {
     /// A file in a file system.
     Regular,
-    /// A block special.
-    Block,
+    /// A block special. It gives space back and zeroes in whole sectors of its own only, even where
+    /// the page cache takes smaller writes.
+    Block {
+        /// The size of its sectors in bytes.
+        sector_size: u32,
+    },
 }
 
 /// A file that a ring knows; made by [`super::Ring::register_file`] and only valid for that ring.
@@ -43,6 +49,22 @@ impl File {
 
     pub(super) fn raw(&self) -> RawFd {
         self.fd.as_raw_fd()
+    }
+
+    /// Whether a range can be given back or zeroed without writing.
+    pub(super) fn changes(&self, at: Extent) -> bool {
+        match self.kind {
+            FileKind::Regular => true,
+            FileKind::Block { sector_size } => at.is_aligned(sector_size),
+        }
+    }
+
+    /// The part of a range that a discard can reach.
+    pub(super) fn whole_sectors(&self, at: Extent) -> Extent {
+        match self.kind {
+            FileKind::Regular => at,
+            FileKind::Block { sector_size } => at.whole_units(sector_size),
+        }
     }
 
     /// Punching was refused; write-zeroes takes another way from now on.

@@ -73,8 +73,9 @@ impl Flight {
             Op::Flush { .. } => Step::Sync,
             Op::Discard { .. } => match file.kind {
                 FileKind::Regular => Step::Punch,
-                FileKind::Block => Step::Discard,
+                FileKind::Block { .. } => Step::Discard,
             },
+            Op::WriteZeroes { at, .. } if !file.changes(*at) => Step::ZeroFill(0),
             Op::WriteZeroes { unmap, .. } => match unmap {
                 Unmap::Allowed if file.punches => Step::Punch,
                 Unmap::Allowed | Unmap::Forbidden if file.zeroes => Step::ZeroRange,
@@ -100,7 +101,7 @@ impl Flight {
     }
 
     /// The call it needs now; `None` while it is parked.
-    pub(super) fn call(&self) -> Option<Call> {
+    pub(super) fn call(&self, file: &File) -> Option<Call> {
         let at = self.op.extent().unwrap_or(EMPTY);
         let here = at.offset().saturating_add(u64::from(self.moved));
         match (self.step, &self.op) {
@@ -129,10 +130,13 @@ impl Flight {
                     flags: 0,
                 })
             }
-            (Step::Discard, _) => Some(Call::Discard {
-                offset: at.offset(),
-                len: at.len(),
-            }),
+            (Step::Discard, _) => {
+                let whole = file.whole_sectors(at);
+                Some(Call::Discard {
+                    offset: whole.offset(),
+                    len: whole.len(),
+                })
+            }
             (
                 Step::Sync | Step::Move,
                 Op::Flush { .. }

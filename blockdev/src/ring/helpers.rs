@@ -8,14 +8,13 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-
 use super::call::Call;
+use crate::event::Event;
 
 /// A call to execute for the op in a slot.
 #[derive(Debug)]
@@ -46,7 +45,7 @@ struct Shared {
     answers: Mutex<Vec<Answer>>,
     /// Whether `answers` may have any; spares the ring a lock each time it looks.
     answered: AtomicBool,
-    event: EventFd,
+    event: Event,
 }
 
 #[derive(Debug, Default)]
@@ -64,7 +63,7 @@ impl Helpers {
             work: Condvar::new(),
             answers: Mutex::default(),
             answered: AtomicBool::new(false),
-            event: EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            event: Event::new()?,
         };
         Ok(Self {
             shared: Arc::new(shared),
@@ -74,8 +73,7 @@ impl Helpers {
 
     /// Readable since the last answer; its counter is never read.
     pub(super) fn event(&self) -> BorrowedFd<'_> {
-        // SAFETY: the eventfd is open for as long as `self.shared` is borrowed.
-        unsafe { BorrowedFd::borrow_raw(self.shared.event.as_raw_fd()) }
+        self.shared.event.as_fd()
     }
 
     /// Hands over a job. Exactly one answer with its index follows.
@@ -189,10 +187,9 @@ impl Shared {
         });
         self.answered.store(true, Ordering::Release);
         drop(answers);
-        // One wake-up for all that come before the ring looks. The counter is never read, and
-        // would need 2^64 writes to saturate.
-        if first && let Err(error) = self.event.write(1) {
-            log::error!("helper threads cannot wake their ring: {error}");
+        // One wake-up for all that come before the ring looks.
+        if first {
+            self.event.signal();
         }
     }
 }

@@ -7,16 +7,16 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::call::{Call, Vectors};
 use super::engine::Report;
 use super::files::File;
 use super::watches::{Target, Watch, Watches};
+use crate::event::Event;
 
 /// One io_uring and what is known about it.
 ///
@@ -233,8 +233,10 @@ impl Uring {
         } else if ending {
             return None;
         }
+        if entry.result() < 0 {
+            return None;
+        }
         match target {
-            _ if entry.result() < 0 => None,
             Target::User(token) => Some(Report::Ready(token)),
             Target::Helpers => Some(Report::Helpers),
         }
@@ -330,8 +332,8 @@ impl Uring {
 
     /// Finds out how eventfds can be written, on one of our own.
     fn probe_notify(&mut self) -> io::Result<Notify> {
-        let event = EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        self.push(notify_entry(event.as_raw_fd()).user_data(pack(Kind::Notify, 0, 0)));
+        let event = Event::new()?;
+        self.push(notify_entry(event.as_fd().as_raw_fd()).user_data(pack(Kind::Notify, 0, 0)));
         let answer = loop {
             self.submit(true)?;
             if let Some(entry) = self.ring.completion().next() {
