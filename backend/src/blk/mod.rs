@@ -7,6 +7,8 @@ mod features;
 mod profile;
 mod ranges;
 mod request;
+#[cfg(test)]
+mod tests;
 
 pub use config::ConfigError;
 pub use counters::Counters;
