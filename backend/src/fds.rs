@@ -12,12 +12,13 @@ use vmm_sys_util::eventfd::EventFd;
 /// The descriptor of an eventfd, for as long as the eventfd is borrowed.
 #[must_use]
 pub fn borrow(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: `event` owns the descriptor, keeps it open, and is borrowed for as long as the result.
+    // SAFETY: `event` owns the descriptor, keeps it open, and is borrowed for as long as the
+    // result.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
-/// Takes over a descriptor that the process inherited, and closes it on exec. Has to be called before
-/// the process opens anything of its own, which could have the same number.
+/// Takes over a descriptor that the process inherited, and closes it on exec. Has to be called
+/// before the process opens anything of its own, which could have the same number.
 ///
 /// # Errors
 /// A descriptor that is not open, or one of the standard three.
@@ -29,7 +30,7 @@ pub fn adopt(fd: RawFd) -> io::Result<OwnedFd> {
     if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the descriptor is open, and whoever named it on the command line gave it to us. Nothing
-    // else in this process owns it: the caller opened nothing yet.
+    // SAFETY: the descriptor is open, and whoever named it on the command line gave it to us.
+    // Nothing else in this process owns it: the caller opened nothing yet.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -41,8 +41,9 @@ pub const MAX_WORKERS: usize = 256;
 /// Segments of data a driver is told it may use (`seg_max`, virtio 5.2.4).
 pub const OFFERED_SEG_MAX: u32 = 254;
 
-/// Bytes of one segment a driver is told it may use (`size_max`, virtio 5.2.4). A request that keeps
-/// to both stays below [`MAX_REQUEST_BYTES`], so no driver that obeys is ever refused for its size.
+/// Bytes of one segment a driver is told it may use (`size_max`, virtio 5.2.4). A request that
+/// keeps to both stays below [`MAX_REQUEST_BYTES`], so no driver that obeys is ever refused for its
+/// size.
 pub const OFFERED_SIZE_MAX: u32 = 64 << 10;
 
 const _: () = assert!(OFFERED_SEG_MAX * OFFERED_SIZE_MAX <= MAX_REQUEST_BYTES);

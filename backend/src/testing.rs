@@ -9,8 +9,8 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use crate::vring::{Addresses, Areas, resolve};
 
-/// Where the front end has the memory mapped, as seen from the guest: a front-end address is a guest
-/// address plus this.
+/// Where the front end has the memory mapped, as seen from the guest: a front-end address is a
+/// guest address plus this.
 pub(crate) const FRONT_END: u64 = 0x7f00_0000_0000;
 
 /// A guest with one region of memory, from guest address zero.

@@ -76,8 +76,8 @@ pub(super) fn bytes(
     config
 }
 
-/// `len` bytes from `offset`; what lies beyond the structure reads as zero, since front ends ask for
-/// the whole of a structure that grew with the features they know.
+/// `len` bytes from `offset`; what lies beyond the structure reads as zero, since front ends ask
+/// for the whole of a structure that grew with the features they know.
 pub(super) fn read(config: &[u8; CONFIG_BYTES], offset: u32, len: u32) -> Option<Vec<u8>> {
     let len = usize::try_from(len)
         .ok()

@@ -160,8 +160,8 @@ impl Request {
 
     /// Ends the request with a status.
     ///
-    /// `moved` is how many bytes of its memory were written already. All beyond them become zero, so
-    /// that the whole chain can be reported as written: a driver may ignore what lies beyond the
+    /// `moved` is how many bytes of its memory were written already. All beyond them become zero,
+    /// so that the whole chain can be reported as written: a driver may ignore what lies beyond the
     /// used length, and the status is the last byte (virtio 2.7.8.2, 2.7.8.3).
     pub fn finish(self, hold: Hold, moved: usize, status: Status) -> Used {
         let Request {

@@ -460,8 +460,8 @@ fn cut(bytes: &[u8], cuts: &[prop::sample::Index]) -> Vec<Vec<u8>> {
 }
 
 proptest! {
-    /// Header, payload and status may lie in any descriptors (virtio 2.7.4.3): how the bytes are cut
-    /// changes nothing.
+    /// Header, payload and status may lie in any descriptors (virtio 2.7.4.3): how the bytes are
+    /// cut changes nothing.
     #[test]
     fn any_layout_is_understood(
         kind in prop::sample::select(vec![IN, OUT, FLUSH, GET_ID, 99]),

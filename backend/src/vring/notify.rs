@@ -97,8 +97,8 @@ mod loom_tests {
         }
     }
 
-    /// One side publishes two entries, the other serves what it sees, arms and goes to sleep. At the
-    /// end either everything was served or a wake-up is pending.
+    /// One side publishes two entries, the other serves what it sees, arms and goes to sleep. At
+    /// the end either everything was served or a wake-up is pending.
     fn no_wake_up_is_lost(told: fn(u16, u16, u16) -> bool, asks: fn(u16) -> u16, start: u16) {
         loom::model(move || {
             let index = Arc::new(AtomicU16::new(0));

@@ -42,7 +42,8 @@ pub struct Used {
 
 /// The avail index claims more chains than the ring can hold, or cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error("avail index {index} is {} ahead of {next}, in a ring of {size}", index.wrapping_sub(*next))]
+#[error("avail index {index} is {ahead} ahead of {next}, in a ring of {size}",
+    ahead = index.wrapping_sub(*next))]
 pub struct AvailBroken {
     /// What the driver wrote.
     pub index: u16,

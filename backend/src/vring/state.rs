@@ -220,8 +220,8 @@ impl Started {
         self.in_flight
     }
 
-    /// The driver broke the virtio specification in a way that cannot be answered: the ring is never
-    /// popped again, and the front end is told through err.
+    /// The driver broke the virtio specification in a way that cannot be answered: the ring is
+    /// never popped again, and the front end is told through err.
     pub fn break_down(&mut self) {
         self.fail(Soundness::Broken);
     }

@@ -64,8 +64,8 @@ pub enum WorkerError {
     Died,
 }
 
-/// The handles of all workers. Dropping them without [`join`](Self::join) tells the workers to leave
-/// and does not wait for them.
+/// The handles of all workers. Dropping them without [`join`](Self::join) tells the workers to
+/// leave and does not wait for them.
 #[derive(Debug)]
 pub struct Workers {
     handles: Vec<Handle>,

@@ -31,8 +31,8 @@ pub(super) enum Job {
     },
 }
 
-/// The table of requests in flight. It grows to the most there ever were at once, and never shrinks:
-/// nothing is allocated for a request after that.
+/// The table of requests in flight. It grows to the most there ever were at once, and never
+/// shrinks: nothing is allocated for a request after that.
 #[derive(Debug, Default)]
 pub(super) struct Slots {
     slots: Vec<Slot>,
