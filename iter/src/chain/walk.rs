@@ -30,6 +30,8 @@ pub(super) struct Walk<'a> {
     /// Non-empty descriptors met.
     descriptors: u32,
     bytes: u64,
+    /// Borders between regions that descriptors crossed.
+    crossings: usize,
     /// The first rule that was broken. The walk goes on after it, to find the chain's end.
     fault: Option<ChainFault>,
     /// The last segment, while it is a dest one.
@@ -56,6 +58,7 @@ impl<'a> Walk<'a> {
             dest: side(),
             descriptors: 0,
             bytes: 0,
+            crossings: 0,
             fault: None,
             last_dest: None,
         }
@@ -68,16 +71,10 @@ impl<'a> Walk<'a> {
         }
         let mut index = head;
         for _ in 0..size {
-            let out_of_range = ChainFault::NextOutOfRange {
-                next: index,
-                size: size.into(),
-            };
             let offset = usize::from(index).wrapping_mul(size_of::<Descriptor>());
-            let descriptor = table.load::<Descriptor>(offset).filter(|_| index < size);
-            let Some(descriptor) = descriptor else {
-                return Err(self.give_up(out_of_range));
+            let Some(descriptor) = table.load::<Descriptor>(offset) else {
+                return Err(self.out_of_range(index, size.into()));
             };
-
             let flags = u32::from(descriptor.flags());
             if flags & VRING_DESC_F_INDIRECT != 0 {
                 return self.indirect(&descriptor);
@@ -87,6 +84,9 @@ impl<'a> Walk<'a> {
                 return self.end();
             }
             index = descriptor.next();
+            if index >= size {
+                return Err(self.out_of_range(index, size.into()));
+            }
         }
         Err(self.give_up(ChainFault::Cycle { size: size.into() }))
     }
@@ -97,8 +97,8 @@ impl<'a> Walk<'a> {
             return Err(self.give_up(ChainFault::IndirectNext));
         }
         // The descriptor's WRITE flag says nothing here (virtio 2.7.5.3.2).
-        let view = Rc::clone(self.view);
-        let table = IndirectTable::new(&view, descriptor.addr().0, descriptor.len());
+        let view = self.view;
+        let table = IndirectTable::new(view, descriptor.addr().0, descriptor.len());
         let table = table.map_err(|fault| self.give_up(fault))?;
         let mut index = 0;
         for _ in 0..table.size() {
@@ -112,6 +112,9 @@ impl<'a> Walk<'a> {
                 return self.end();
             }
             index = descriptor.next();
+            if u32::from(index) >= table.size() {
+                return Err(self.out_of_range(index, table.size()));
+            }
         }
         Err(self.give_up(ChainFault::Cycle { size: table.size() }))
     }
@@ -146,23 +149,20 @@ impl<'a> Walk<'a> {
     /// Takes a buffer that crosses regions, or that is not wholly mapped.
     #[cold]
     fn take_parts(&mut self, guest: u64, len: u32, writable: bool) {
-        let view = Rc::clone(self.view);
-        for segment in view.segments(guest, len) {
-            match segment {
-                Ok(segment) => self.push(segment, writable),
-                Err(_unmapped) => {
-                    self.note(ChainFault::Unmapped { guest, len });
-                    self.last_dest = None;
-                }
-            }
+        let view = self.view;
+        for (i, segment) in view.segments(guest, len).enumerate() {
+            let Ok(segment) = segment else {
+                self.note(ChainFault::Unmapped { guest, len });
+                self.last_dest = None;
+                return;
+            };
+            self.push(segment, writable);
+            self.crossings = self.crossings.saturating_add(usize::from(i > 0));
         }
-        let (max_segments, regions) = (self.limits.max_segments, view.table().regions().len());
-        let max_parts = usize::try_from(max_segments)
-            .unwrap_or(usize::MAX)
-            .saturating_add(regions);
-        if self.source.list.len().saturating_add(self.dest.list.len()) > max_parts {
+        // A driver whose buffers do not overlap crosses each border once at most.
+        if self.crossings > view.table().regions().len() {
             self.note(ChainFault::TooManySegments {
-                limit: max_segments,
+                limit: self.limits.max_segments,
             });
         }
     }
@@ -216,6 +216,11 @@ impl<'a> Walk<'a> {
     fn give_up(&mut self, fault: ChainFault) -> ChainFault {
         self.last_dest = None;
         *self.fault.get_or_insert(fault)
+    }
+
+    #[cold]
+    fn out_of_range(&mut self, next: u16, size: u32) -> ChainFault {
+        self.give_up(ChainFault::NextOutOfRange { next, size })
     }
 
     #[inline]

@@ -1,11 +1,9 @@
 //! The life of a request's memory, from the walk to the dropped hold.
 
-#[cfg(test)]
-mod common;
-
-use common::{Desc, Guest, INDIRECT, LIMITS, WRITE, link};
 use iov_iter::{Chain, HoldFlags, MemoryNeeds, Stability, ledger};
 use vm_memory::VolatileMemory;
+
+use crate::guest::{Desc, Guest, INDIRECT, LIMITS, WRITE, link};
 
 const RING: u64 = 0x1000;
 const HEADER: u64 = 0x4000;
@@ -51,8 +49,8 @@ fn a_read_lands_in_the_guest_and_gives_everything_back() {
     status.write(&hold, 7);
     drop(hold);
 
-    assert_eq!(guest.read_fast(DATA, 4096), [0x5a_u8; 4096]);
-    assert_eq!(guest.read_fast(STATUS, 1), [7]);
+    assert_eq!(guest.read(DATA, 4096), [0x5a_u8; 4096]);
+    assert_eq!(guest.read(STATUS, 1), [7]);
     assert_eq!((guest.view.holds(), ledger::outstanding()), (0, 0));
 }
 
@@ -88,7 +86,7 @@ fn a_misaligned_read_bounces_and_lands_only_what_arrived() {
     drop(hold);
     assert_eq!(guest.pools.bounce_in_use(), 0);
     assert_eq!(
-        guest.read_fast(DATA, 1026),
+        guest.read(DATA, 1026),
         [&[0][..], &[0xa5; 600], &[0; 425]].concat()
     );
 }

@@ -1,9 +1,10 @@
-//! A guest for tests: memory in memfds, which the tests reach through the files, not through the
-//! mappings under test, and a driver that writes descriptors.
-#![expect(dead_code, reason = "each test binary uses its part of it")]
+//! A guest for tests: memory in memfds, which the tests reach through the files and not through
+//! the mappings under test, and a driver that writes descriptors.
+#![expect(unsafe_code, reason = "memfd_create has no safe wrapper")]
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -14,7 +15,6 @@ pub(crate) const LIMITS: ChainLimits = ChainLimits {
     max_segments: 1026,
     max_bytes: 1 << 32,
 };
-pub(crate) const PAGE: u64 = 4096;
 
 pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
@@ -39,11 +39,21 @@ pub(crate) struct Desc {
     pub(crate) next: u16,
 }
 
+/// A memfd of `size` bytes, with `flags` of `memfd_create`.
+pub(crate) fn memfd_with(size: u64, flags: u32) -> io::Result<File> {
+    // SAFETY: the name is a C string; the result is checked.
+    let fd = unsafe { libc::memfd_create(c"iov-iter test".as_ptr(), flags | libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel just made the descriptor for us.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(size)?;
+    Ok(file)
+}
+
 pub(crate) fn memfd(size: u64) -> File {
-    let file = vmm_sys_util::tempfile::TempFile::new_in(std::path::Path::new("/dev/shm")).unwrap();
-    let file = file.as_file().try_clone().unwrap();
-    file.set_len(size).unwrap();
-    file
+    memfd_with(size, 0).unwrap()
 }
 
 pub(crate) fn spec(guest_addr: u64, size: u64, file: &File) -> RegionSpec {
@@ -86,47 +96,37 @@ impl Guest {
         &self.regions[region].2
     }
 
+    /// Writes through the files; the range may cross regions.
     pub(crate) fn write(&self, addr: u64, bytes: &[u8]) {
-        for (i, byte) in bytes.iter().enumerate() {
-            let (file, at) = self.place(addr + i as u64);
-            // A range inside one region goes in one call.
-            if i == 0 {
-                let (_, end_at) = self.place(addr + (bytes.len() as u64).saturating_sub(1));
-                if end_at == at + (bytes.len() as u64).saturating_sub(1) {
-                    file.write_all_at(bytes, at).unwrap();
-                    return;
-                }
-            }
-            file.write_all_at(&[*byte], at).unwrap();
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let (file, at, left) = self.place(addr + (bytes.len() - rest.len()) as u64);
+            let (now, later) = rest.split_at(rest.len().min(left));
+            file.write_all_at(now, at).unwrap();
+            rest = later;
         }
     }
 
+    /// Reads through the files; the range may cross regions.
     pub(crate) fn read(&self, addr: u64, len: usize) -> Vec<u8> {
-        (0..len as u64)
-            .map(|i| {
-                let (file, at) = self.place(addr + i);
-                let mut byte = [0];
-                file.read_exact_at(&mut byte, at).unwrap();
-                byte[0]
-            })
-            .collect()
-    }
-
-    /// Reads a range that lies in one region.
-    pub(crate) fn read_fast(&self, addr: u64, len: usize) -> Vec<u8> {
-        let (file, at) = self.place(addr);
         let mut bytes = vec![0; len];
-        file.read_exact_at(&mut bytes, at).unwrap();
+        let mut done = 0;
+        while done < len {
+            let (file, at, left) = self.place(addr + done as u64);
+            let end = len.min(done + left);
+            file.read_exact_at(&mut bytes[done..end], at).unwrap();
+            done = end;
+        }
         bytes
     }
 
-    fn place(&self, addr: u64) -> (&File, u64) {
-        let (at, _, file) = self
+    fn place(&self, addr: u64) -> (&File, u64, usize) {
+        let (at, size, file) = self
             .regions
             .iter()
             .find(|(at, size, _)| (*at..*at + *size).contains(&addr))
-            .expect("the test writes to mapped memory only");
-        (file, addr - at)
+            .expect("the test touches mapped memory only");
+        (file, addr - at, (at + size - addr) as usize)
     }
 
     pub(crate) fn ring(&self, addr: u64, size: u16) -> Area {
@@ -168,4 +168,11 @@ pub(crate) fn link(buffers: &[(u64, u32, u16)]) -> Vec<Desc> {
         Desc::new(addr, len, flags | more, (i + 1) as u16)
     };
     buffers.iter().enumerate().map(desc).collect()
+}
+
+pub(crate) fn seal_against_writing(file: &File) {
+    use std::os::fd::AsRawFd;
+    // SAFETY: takes no pointer; the result is checked.
+    let sealed = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) };
+    assert_eq!(sealed, 0, "{}", io::Error::last_os_error());
 }
