@@ -60,7 +60,7 @@ enum Soundness {
 #[derive(Debug)]
 pub struct Draining {
     /// The vring as it was.
-    pub vring: Started,
+    pub vring: Box<Started>,
     /// What becomes of the requests that come back.
     pub mode: StopMode,
 }
@@ -76,14 +76,8 @@ impl Stopped {
     ///
     /// # Errors
     /// A part of the ring that the table does not hold; nothing was started.
-    pub fn start(
-        setup: VringSetup,
-        table: &Arc<MemoryTable>,
-    ) -> Result<Started, (VringSetup, VringError)> {
-        let areas = match resolve(&setup.addresses, setup.size, table) {
-            Ok(areas) => areas,
-            Err(error) => return Err((setup, error)),
-        };
+    pub fn start(setup: VringSetup, table: &Arc<MemoryTable>) -> Result<Box<Started>, VringError> {
+        let areas = resolve(&setup.addresses, setup.size, table)?;
         let VringSetup {
             size,
             addresses,
@@ -94,7 +88,7 @@ impl Stopped {
             call,
             err,
         } = setup;
-        Ok(Started {
+        Ok(Box::new(Started {
             layout: Split::new(areas, size, next_avail, features),
             addresses,
             features,
@@ -104,7 +98,7 @@ impl Stopped {
             fds: Fds { kick, call, err },
             watch: None,
             ending: 0,
-        })
+        }))
     }
 }
 
@@ -246,7 +240,7 @@ impl Started {
 
     /// Stops popping.
     #[must_use]
-    pub fn drain(self, mode: StopMode) -> Draining {
+    pub fn drain(self: Box<Self>, mode: StopMode) -> Draining {
         Draining { vring: self, mode }
     }
 }

@@ -34,7 +34,7 @@ pub(super) struct Lent<'a> {
 enum Vring {
     Stopped(Stopped),
     Started(Box<Started>),
-    Draining(Box<Draining>),
+    Draining(Draining),
 }
 
 /// Which of the workers this is, and how many share the device: vring `i` belongs to worker
@@ -179,7 +179,7 @@ impl Attachment {
     pub(super) fn complete(&mut self, local: usize, done: Completion, lent: &mut Lent<'_>) {
         let (vring, mode) = match self.vrings.get_mut(local) {
             Some(Vring::Started(vring)) => (&mut **vring, StopMode::Drain),
-            Some(Vring::Draining(draining)) => (&mut draining.vring, draining.mode),
+            Some(Vring::Draining(draining)) => (&mut *draining.vring, draining.mode),
             Some(Vring::Stopped(_)) | None => {
                 debug_assert!(false, "a vring stopped while a request of it was in flight");
                 return;
@@ -222,8 +222,8 @@ impl Attachment {
             let Vring::Draining(draining) = taken else {
                 continue;
             };
-            *slot = match (*draining).try_finish() {
-                Err(draining) => Vring::Draining(Box::new(draining)),
+            *slot = match draining.try_finish() {
+                Err(draining) => Vring::Draining(draining),
                 Ok((stopped, fds)) => {
                     lent.outgoing.extend(fds.call);
                     self.draining -= 1;
@@ -332,17 +332,26 @@ impl Attachment {
         match Stopped::start(setup, self.path.view.table()) {
             Ok(vring) => {
                 debug!("{}: vring {} starts", self.path.device.name(), id.index);
-                self.vrings[local] = Vring::Started(Box::new(vring));
+                self.vrings[local] = Vring::Started(vring);
                 self.watch_kick(local, lent);
                 self.make_ready(local);
             }
-            Err((_setup, error)) => {
+            Err(error) => {
                 warn!(
                     "{}: vring {} cannot start: {error}",
                     self.path.device.name(),
                     id.index
                 );
                 lent.reports.push(Report::Broken(id));
+            }
+        }
+    }
+
+    /// Gives up whatever is still started: nobody is left who could stop it.
+    pub(super) fn stop_all(&mut self, lent: &mut Lent<'_>) {
+        for local in 0..self.vrings.len() {
+            if !matches!(self.vrings[local], Vring::Stopped(_)) {
+                self.stop(self.id(local), StopMode::Abandon, lent);
             }
         }
     }
@@ -361,7 +370,7 @@ impl Attachment {
                     }
                 }
                 vring.unwatch_kick(lent.ring);
-                self.vrings[local] = Vring::Draining(Box::new(vring.drain(mode)));
+                self.vrings[local] = Vring::Draining(vring.drain(mode));
                 self.draining += 1;
             }
             // A front end that hangs up while it waits for a drain turns it into an abandonment.

@@ -176,13 +176,19 @@ impl Workers {
     }
 
     /// Tells every worker to leave and waits until they did.
-    pub fn join(self) {
+    pub fn join(mut self) {
         self.send_all(|_| Command::Quit);
-        for (worker, handle) in self.handles.into_iter().enumerate() {
+        for (worker, handle) in std::mem::take(&mut self.handles).into_iter().enumerate() {
             if handle.thread.join().is_err() {
                 error!("worker {worker} panicked");
             }
         }
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.send_all(|_| Command::Quit);
     }
 }
 

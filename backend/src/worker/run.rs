@@ -172,6 +172,10 @@ impl Worker {
             match self.wire.commands.try_recv() {
                 Ok(Command::Quit) | Err(TryRecvError::Disconnected) => {
                     self.life = Life::Leaving;
+                    let (attachments, mut lent) = self.lend();
+                    for attachment in attachments {
+                        attachment.stop_all(&mut lent);
+                    }
                     return;
                 }
                 Ok(command) => {
