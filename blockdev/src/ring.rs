@@ -7,6 +7,7 @@
 
 mod call;
 mod engine;
+mod entry;
 mod files;
 mod flight;
 mod helpers;

@@ -6,10 +6,20 @@ use std::time::Duration;
 
 use blockdev::conformance::Subject;
 use blockdev::fault::FaultPlan;
-use blockdev::{Direct, conformance, open};
-use support::{LoopDevice, Scratch, disk, options};
+use blockdev::{Access, Direct, FileOptions, conformance, open};
+use support::{LoopDevice, Place, Scratch, options};
 
 const SIZE: u64 = 24 << 20;
+
+/// A device over a place that lives as long as it.
+fn disk(place: impl Place, options: FileOptions) -> Subject {
+    let device = open::file(place.path(), options).expect("the place can be opened");
+    Subject::kept(device).keeping(place)
+}
+
+fn writable_loop(sector_size: u32) -> LoopDevice {
+    LoopDevice::new(SIZE, sector_size, Access::ReadWrite)
+}
 
 conformance!(null, || Subject::ignored(open::null(SIZE, 512).unwrap()));
 conformance!(null_4096, || Subject::ignored(
@@ -44,15 +54,15 @@ conformance!(file_tmpfs_direct, || disk(
     options(Direct::On, None)
 ));
 conformance!(block_512, || disk(
-    LoopDevice::new(SIZE, 512),
+    writable_loop(512),
     options(Direct::On, None)
 ));
 conformance!(block_4096, || disk(
-    LoopDevice::new(SIZE, 4096),
+    writable_loop(4096),
     options(Direct::On, None)
 ));
 conformance!(block_4096_small, || {
-    disk(LoopDevice::new(SIZE, 4096), options(Direct::On, Some(512)))
+    disk(writable_loop(4096), options(Direct::On, Some(512)))
 });
 conformance!(fault, || {
     let plan = FaultPlan {

@@ -181,6 +181,13 @@ impl Flight {
                 Next::Call
             }
             Verdict::Again => self.again(res),
+            // O_DIRECT refuses to go on from where a file ends in the middle of a block.
+            Verdict::Failed(IoError::Os(libc::EINVAL)) if self.moved > 0 => {
+                Next::End(Err(IoError::Short {
+                    want,
+                    got: self.moved,
+                }))
+            }
             Verdict::Failed(IoError::Short { .. }) => Next::End(Err(IoError::Short {
                 want,
                 got: self.moved,
@@ -310,3 +317,225 @@ static ZERO_VECTORS: ZeroVectors = ZeroVectors(
         iov_len: 65536,
     }; 16],
 );
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conformance::rig::{Rig, Run, eventfd};
+    use crate::{Engine, open};
+    use std::os::fd::AsFd;
+
+    fn rig() -> Rig {
+        Rig::new(&open::null(1 << 30, 512).unwrap(), Engine::Threads)
+    }
+
+    fn file(kind: FileKind) -> File {
+        // Nothing here calls the kernel; any descriptor will do.
+        File::new(eventfd().as_fd(), kind).unwrap()
+    }
+
+    /// What a call would transfer: offset, bytes and vectors.
+    fn transfer(call: Option<Call>) -> (u64, usize, usize) {
+        let (memory, offset) = match call.unwrap() {
+            Call::Read { memory, offset } | Call::Write { memory, offset, .. } => (memory, offset),
+            call @ (Call::Sync | Call::Fallocate { .. } | Call::Discard { .. }) => {
+                panic!("{call:?} transfers nothing")
+            }
+        };
+        match memory {
+            Vectors::One(one) => (offset, one.iov_len, 1),
+            Vectors::Many(first, count) => {
+                // SAFETY: the array belongs to the op in the flight that the caller borrows, or is
+                // the static one.
+                let vectors = unsafe { std::slice::from_raw_parts(first, count as usize) };
+                (
+                    offset,
+                    vectors.iter().map(|vector| vector.iov_len).sum(),
+                    vectors.len(),
+                )
+            }
+        }
+    }
+
+    fn fallocate_mode(call: Option<Call>) -> c_int {
+        match call {
+            Some(Call::Fallocate { mode, .. }) => mode & !libc::FALLOC_FL_KEEP_SIZE,
+            other => panic!("{other:?} is no fallocate"),
+        }
+    }
+
+    #[test]
+    fn a_short_transfer_goes_on_where_it_ended() {
+        let rig = rig();
+        let mut file = file(FileKind::Regular);
+        let runs: [Run; 3] = [(0, 4096), (8192, 512), (16384, 3584)];
+        for op in [
+            rig.read_op(8, &runs),
+            rig.write_op(8, &runs, Durability::Cached),
+        ] {
+            let mut flight = Flight::new(op, 0, &file);
+            assert_eq!(transfer(flight.call(&file)), (4096, 8192, 3));
+            assert_eq!(flight.answer(1000, &mut file), Next::Call);
+            assert_eq!(transfer(flight.call(&file)), (5096, 7192, 3));
+            assert_eq!(flight.answer(3096 + 512, &mut file), Next::Call);
+            assert_eq!(transfer(flight.call(&file)), (8704, 3584, 1));
+            assert_eq!(flight.answer(3583, &mut file), Next::Call);
+            assert_eq!(transfer(flight.call(&file)), (12287, 1, 1));
+            assert_eq!(flight.answer(1, &mut file), Next::End(Ok(())));
+            assert_eq!(flight.moved, 8192);
+        }
+    }
+
+    #[test]
+    fn a_transfer_that_stops_is_an_error_that_counts() {
+        let rig = rig();
+        let mut file = file(FileKind::Regular);
+        for last in [0, -libc::EINVAL] {
+            let mut flight = Flight::new(rig.read_op(0, &[(0, 4096)]), 0, &file);
+            assert_eq!(flight.answer(512, &mut file), Next::Call);
+            let short = IoError::Short {
+                want: 4096,
+                got: 512,
+            };
+            assert_eq!(flight.answer(last, &mut file), Next::End(Err(short)));
+        }
+        let mut flight = Flight::new(rig.read_op(0, &[(0, 4096)]), 0, &file);
+        let invalid = IoError::Os(libc::EINVAL);
+        assert_eq!(
+            flight.answer(-libc::EINVAL, &mut file),
+            Next::End(Err(invalid))
+        );
+    }
+
+    #[test]
+    fn more_vectors_than_a_call_takes_need_several() {
+        let rig = rig();
+        let mut file = file(FileKind::Regular);
+        let runs: Vec<Run> = (0..2500).map(|index| (index * 1024, 512)).collect();
+        let mut flight = Flight::new(rig.read_op(0, &runs), 0, &file);
+        for (offset, vectors) in [(0, 1024), (1024 * 512, 1024), (2048 * 512, 452)] {
+            let bytes = vectors * 512;
+            assert_eq!(transfer(flight.call(&file)), (offset, bytes, vectors));
+            let next = flight.answer(i32::try_from(bytes).unwrap(), &mut file);
+            assert_eq!(next == Next::Call, vectors == 1024);
+        }
+        assert_eq!(flight.moved as usize, 2500 * 512);
+    }
+
+    #[test]
+    fn the_kernel_may_ask_for_the_same_call_only_so_often() {
+        let rig = rig();
+        let mut file = file(FileKind::Regular);
+        let mut flight = Flight::new(rig.read_op(0, &[(0, 4096)]), 0, &file);
+        for _ in 0..3 {
+            for _ in 0..MAX_IDLE_TRIES {
+                assert_eq!(flight.answer(-libc::EAGAIN, &mut file), Next::Call);
+            }
+            // Progress starts the count anew.
+            assert_eq!(flight.answer(512, &mut file), Next::Call);
+        }
+        for _ in 0..MAX_IDLE_TRIES {
+            assert_eq!(flight.answer(-libc::EINTR, &mut file), Next::Call);
+        }
+        let end = Next::End(Err(IoError::Os(libc::EINTR)));
+        assert_eq!(flight.answer(-libc::EINTR, &mut file), end);
+    }
+
+    #[test]
+    fn write_zeroes_takes_the_best_way_there_is_and_remembers() {
+        let rig = rig();
+        let mut file = file(FileKind::Regular);
+        let zero = |unmap| rig.zero_op(0, (1 << 20) + 65536 + 512, unmap, Durability::Durable);
+        let mut flight = Flight::new(zero(Unmap::Allowed), 0, &file);
+        assert_eq!(
+            fallocate_mode(flight.call(&file)),
+            libc::FALLOC_FL_PUNCH_HOLE
+        );
+        assert_eq!(flight.answer(-libc::EOPNOTSUPP, &mut file), Next::Call);
+        assert_eq!(
+            fallocate_mode(flight.call(&file)),
+            libc::FALLOC_FL_ZERO_RANGE
+        );
+        assert_eq!(flight.answer(-libc::EOPNOTSUPP, &mut file), Next::Call);
+        assert_eq!(transfer(flight.call(&file)), (0, 1 << 20, 16));
+        assert_eq!(flight.answer(1 << 20, &mut file), Next::Call);
+        assert_eq!(transfer(flight.call(&file)), (1 << 20, 65536, 1));
+        assert_eq!(flight.answer(65536, &mut file), Next::Call);
+        assert_eq!(transfer(flight.call(&file)), ((1 << 20) + 65536, 512, 1));
+        assert_eq!(flight.answer(512, &mut file), Next::Call);
+        assert!(
+            matches!(flight.call(&file), Some(Call::Sync)),
+            "durable to the end"
+        );
+        assert_eq!(flight.answer(0, &mut file), Next::End(Ok(())));
+
+        let next = Flight::new(zero(Unmap::Allowed), 0, &file);
+        assert_eq!(
+            next.step,
+            Step::ZeroFill(0),
+            "it is not asked a second time"
+        );
+    }
+
+    #[test]
+    fn write_zeroes_that_keeps_the_space_never_punches() {
+        let rig = rig();
+        let mut file = file(FileKind::Regular);
+        let op = rig.zero_op(0, 4096, Unmap::Forbidden, Durability::Cached);
+        let mut flight = Flight::new(op, 0, &file);
+        assert_eq!(
+            fallocate_mode(flight.call(&file)),
+            libc::FALLOC_FL_ZERO_RANGE
+        );
+        let full = Next::End(Err(IoError::Os(libc::ENOSPC)));
+        assert_eq!(flight.answer(-libc::ENOSPC, &mut file), full);
+        assert!(file.zeroes, "a full disk says nothing about what it can do");
+    }
+
+    #[test]
+    fn a_discard_has_no_second_way() {
+        let rig = rig();
+        for (kind, errno) in [
+            (FileKind::Regular, libc::EOPNOTSUPP),
+            (FileKind::Block { sector_size: 512 }, libc::EOPNOTSUPP),
+            (FileKind::Block { sector_size: 512 }, libc::ENOTTY),
+        ] {
+            let mut file = file(kind);
+            let mut flight = Flight::new(rig.discard_op(0, 4096, Durability::Cached), 0, &file);
+            let end = Next::End(Err(IoError::Unsupported));
+            assert_eq!(flight.answer(-errno, &mut file), end);
+        }
+    }
+
+    #[test]
+    fn a_discard_reaches_whole_sectors_and_smaller_zeroes_are_written() {
+        let rig = rig();
+        let file = file(FileKind::Block { sector_size: 4096 });
+        let flight = Flight::new(rig.discard_op(5, 30 * 512, Durability::Cached), 0, &file);
+        let Some(Call::Discard { offset, len }) = flight.call(&file) else {
+            panic!("a discard")
+        };
+        assert_eq!((offset, len), (4096, 12288));
+        let op = rig.zero_op(5, 30 * 512, Unmap::Allowed, Durability::Cached);
+        assert_eq!(
+            transfer(Flight::new(op, 0, &file).call(&file)),
+            (5 * 512, 30 * 512, 1)
+        );
+    }
+
+    #[test]
+    fn what_is_durable_says_so_to_the_kernel() {
+        let rig = rig();
+        let file = file(FileKind::Regular);
+        for (durability, expected) in [
+            (Durability::Cached, 0),
+            (Durability::Durable, libc::RWF_DSYNC),
+        ] {
+            let op = rig.write_op(0, &[(0, 512)], durability);
+            let call = Flight::new(op, 0, &file).call(&file);
+            assert!(matches!(call, Some(Call::Write { flags, .. }) if flags == expected));
+        }
+        let flush = Flight::new(rig.flush_op(), 0, &file).call(&file);
+        assert!(matches!(flush, Some(Call::Sync)));
+    }
+}

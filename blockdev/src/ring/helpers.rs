@@ -36,6 +36,7 @@ pub(super) struct Answer {
 pub(super) struct Helpers {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    complained: bool,
 }
 
 #[derive(Debug)]
@@ -68,6 +69,7 @@ impl Helpers {
         Ok(Self {
             shared: Arc::new(shared),
             threads: Vec::new(),
+            complained: false,
         })
     }
 
@@ -117,10 +119,11 @@ impl Helpers {
             .spawn(move || shared.run());
         match thread {
             Ok(thread) => self.threads.push(thread),
-            Err(error) if self.threads.is_empty() => {
-                log::error!("no helper thread can be started, I/O will block: {error}");
+            Err(error) => {
+                if !std::mem::replace(&mut self.complained, true) {
+                    log::error!("helper threads cannot be started, I/O may block: {error}");
+                }
             }
-            Err(error) => log::debug!("one helper thread less: {error}"),
         }
     }
 }

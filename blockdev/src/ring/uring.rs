@@ -12,8 +12,9 @@ use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
-use super::call::{Call, Vectors};
+use super::call::Call;
 use super::engine::Report;
+use super::entry::{Kind, entry, notify_entry, pack, unpack};
 use super::files::File;
 use super::watches::{Target, Watch, Watches};
 use crate::event::Event;
@@ -385,93 +386,6 @@ fn build() -> io::Result<IoUring> {
     Err(last)
 }
 
-/// The submission entry for a call; `None` for those the helper threads make.
-fn entry(file: &File, call: &Call) -> Option<squeue::Entry> {
-    let (fd, fixed) = match file.fixed {
-        Some(fixed) => (
-            types::Fd(i32::try_from(fixed).ok()?),
-            squeue::Flags::FIXED_FILE,
-        ),
-        None => (types::Fd(file.raw()), squeue::Flags::empty()),
-    };
-    let entry = match call {
-        Call::Read {
-            memory: Vectors::One(one),
-            offset,
-        } => {
-            let len = u32::try_from(one.iov_len).unwrap_or(u32::MAX);
-            opcode::Read::new(fd, one.iov_base.cast(), len)
-                .offset(*offset)
-                .build()
-        }
-        Call::Read {
-            memory: Vectors::Many(vectors, count),
-            offset,
-        } => opcode::Readv::new(fd, *vectors, *count)
-            .offset(*offset)
-            .build(),
-        Call::Write {
-            memory: Vectors::One(one),
-            offset,
-            flags,
-        } => {
-            let len = u32::try_from(one.iov_len).unwrap_or(u32::MAX);
-            let write = opcode::Write::new(fd, one.iov_base.cast(), len);
-            write.offset(*offset).rw_flags(*flags).build()
-        }
-        Call::Write {
-            memory: Vectors::Many(vectors, count),
-            offset,
-            flags,
-        } => {
-            let write = opcode::Writev::new(fd, *vectors, *count);
-            write.offset(*offset).rw_flags(*flags).build()
-        }
-        Call::Sync => opcode::Fsync::new(fd)
-            .flags(types::FsyncFlags::DATASYNC)
-            .build(),
-        Call::Fallocate { .. } | Call::Discard { .. } => return None,
-    };
-    Some(entry.flags(fixed))
-}
-
-/// Adds one to an eventfd without ever waiting for its reader.
-fn notify_entry(fd: RawFd) -> squeue::Entry {
-    let bytes = (&raw const ONE).cast::<u8>();
-    opcode::Write::new(types::Fd(fd), bytes, 8)
-        .rw_flags(libc::RWF_NOWAIT)
-        .build()
-}
-
-/// What a completion is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Call = 1,
-    Watch = 2,
-    Cancel = 3,
-    Notify = 4,
-}
-
-/// `user_data`: the kind in the top byte, a generation in 24 bits, an index in 32.
-fn pack(kind: Kind, generation: u32, index: u32) -> u64 {
-    (kind as u64) << 56 | u64::from(generation) << 32 | u64::from(index)
-}
-
-fn unpack(user_data: u64) -> (Option<Kind>, u32, u32) {
-    let kind = match user_data >> 56 {
-        1 => Some(Kind::Call),
-        2 => Some(Kind::Watch),
-        3 => Some(Kind::Cancel),
-        4 => Some(Kind::Notify),
-        _ => None,
-    };
-    let generation = (user_data >> 32) as u32 & super::watches::GENERATION_MASK;
-    (kind, generation, user_data as u32)
-}
-
-/// What is written to an eventfd: one event.
-static ONE: u64 = 1;
-
 /// One batch. A longer one takes several system calls.
 const SQ_ENTRIES: u32 = 256;
 
@@ -483,3 +397,112 @@ const FIXED_FILES: u32 = 64;
 
 /// Refusals of a submit in a row (about a second) before the ring is given up.
 const MAX_REFUSALS: u32 = 10_000;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn watched() -> (Uring, Event) {
+        let mut uring = Uring::new().unwrap();
+        let event = Event::new().unwrap();
+        let fd = event.as_fd().try_clone_to_owned().unwrap();
+        uring.multishot = false;
+        uring.watch(fd, Target::User(1)).unwrap();
+        (uring, event)
+    }
+
+    /// What is reported without waiting.
+    fn reports(uring: &mut Uring) -> Vec<Report> {
+        uring.submit(false).unwrap();
+        std::iter::from_fn(|| uring.next()).collect()
+    }
+
+    fn wait(uring: &mut Uring) -> Report {
+        loop {
+            uring.submit(true).unwrap();
+            if let Some(report) = uring.next() {
+                return report;
+            }
+        }
+    }
+
+    #[test]
+    fn without_multishot_polls_every_write_is_reported_once() {
+        let (mut uring, event) = watched();
+        assert_eq!(reports(&mut uring), []);
+        for _ in 0..100 {
+            event.signal();
+            assert_eq!(wait(&mut uring), Report::Ready(1));
+            assert_eq!(
+                reports(&mut uring),
+                [],
+                "the counter was taken, so the poll waits"
+            );
+        }
+    }
+
+    #[test]
+    fn without_multishot_polls_a_watch_still_ends() {
+        let (mut uring, event) = watched();
+        event.signal();
+        assert_eq!(wait(&mut uring), Report::Ready(1));
+        let watch = Watch {
+            index: 0,
+            generation: 0,
+        };
+        uring.unwatch(watch);
+        assert_eq!(wait(&mut uring), Report::Unwatched(1));
+        event.signal();
+        assert_eq!(reports(&mut uring), []);
+    }
+
+    #[test]
+    fn a_kernel_that_cannot_write_in_a_batch_is_written_for_at_once() {
+        let (mut uring, event) = watched();
+        uring.notify = Notify::Direct;
+        uring.notify(event.as_fd());
+        assert_eq!(wait(&mut uring), Report::Ready(1));
+    }
+
+    #[test]
+    fn a_file_that_the_table_has_no_room_for_keeps_its_descriptor() {
+        let mut uring = Uring::new().unwrap();
+        let event = Event::new().unwrap();
+        let fd = event.as_fd().as_raw_fd();
+        let all: Vec<_> = (0..FIXED_FILES + 2).map(|_| uring.register(fd)).collect();
+        let expected: Vec<_> = (0..FIXED_FILES + 2)
+            .map(|index| (index < FIXED_FILES).then_some(index))
+            .collect();
+        assert_eq!(all, expected);
+    }
+
+    #[test]
+    fn more_completions_than_the_kernels_queue_holds_all_arrive() {
+        let mut uring = Uring::new().unwrap();
+        let total = 3 * CQ_ENTRIES;
+        for index in 0..total {
+            let nop = opcode::Nop::new().build();
+            uring.push(nop.user_data(pack(Kind::Call, 5, index)));
+            if index % 100 == 0 {
+                uring.submit(false).unwrap();
+            }
+        }
+        let mut seen = vec![false; total as usize];
+        for _ in 0..total {
+            let report = uring.next().unwrap_or_else(|| wait(&mut uring));
+            let Report::Answer {
+                index,
+                generation: 5,
+                res: 0,
+            } = report
+            else {
+                panic!("{report:?}")
+            };
+            assert!(
+                !std::mem::replace(&mut seen[index as usize], true),
+                "{index} once"
+            );
+        }
+        assert_eq!(reports(&mut uring), []);
+    }
+}

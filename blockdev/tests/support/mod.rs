@@ -8,8 +8,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
-use blockdev::conformance::Subject;
-use blockdev::{Access, Direct, FileOptions, open};
+use blockdev::{Access, Direct, FileOptions};
 use vmm_sys_util::tempdir::TempDir;
 
 /// Something with a path that goes away with the value.
@@ -24,11 +23,6 @@ pub(crate) fn options(direct: Direct, block_size: Option<u32>) -> FileOptions {
         direct,
         block_size,
     }
-}
-
-/// A device over a place that lives as long as it.
-pub(crate) fn disk(place: impl Place, options: FileOptions) -> Subject {
-    Subject::kept(open::file(place.path(), options).unwrap()).keeping(place)
 }
 
 /// A scratch file, and the directory it lies in.
@@ -74,16 +68,33 @@ pub(crate) struct LoopDevice {
 struct LoopConfig {
     fd: u32,
     block_size: u32,
-    info: [u64; 29],
+    info: LoopInfo,
     reserved: [u64; 8],
 }
+
+/// `struct loop_info64` of linux/loop.h.
+#[repr(C)]
+struct LoopInfo {
+    places: [u64; 5],
+    number_and_encryption: [u32; 3],
+    flags: u32,
+    names: [u64; 22],
+}
+
+/// LO_FLAGS_READ_ONLY of linux/loop.h.
+const READ_ONLY: u32 = 1;
 
 const LOOP_CLR_FD: libc::Ioctl = 0x4C01;
 const LOOP_CONFIGURE: libc::Ioctl = 0x4C0A;
 const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4C82;
 
 impl LoopDevice {
-    pub(crate) fn new(size: u64, sector_size: u32) -> Self {
+    /// One that takes no writes has them refused by the kernel, as by a disk with a switch.
+    pub(crate) fn new(size: u64, sector_size: u32, access: Access) -> Self {
+        let flags = match access {
+            Access::ReadWrite => 0,
+            Access::ReadOnly => READ_ONLY,
+        };
         let backing = Scratch::on_disk(size);
         let backing_file = open_both_ways(backing.path());
         loop {
@@ -91,7 +102,12 @@ impl LoopDevice {
             let config = LoopConfig {
                 fd: u32::try_from(backing_file.as_raw_fd()).unwrap(),
                 block_size: sector_size,
-                info: [0; 29],
+                info: LoopInfo {
+                    places: [0; 5],
+                    number_and_encryption: [0; 3],
+                    flags,
+                    names: [0; 22],
+                },
                 reserved: [0; 8],
             };
             // SAFETY: LOOP_CONFIGURE reads one `loop_config` from the pointer.
