@@ -49,7 +49,7 @@ impl Store {
         here - offset
     }
 
-    /// Copies the slices, one after the other, to `offset` and what follows; gives the bytes copied.
+    /// Copies the slices, one after the other, to `offset` and on; gives the bytes copied.
     pub(crate) fn write<'a>(
         &self,
         offset: u64,

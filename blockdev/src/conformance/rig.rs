@@ -24,7 +24,7 @@ use crate::{
 pub const MEMORY: usize = 32 << 20;
 
 /// Where it starts: guest memory rarely starts at zero, and never where the host maps it.
-const GUEST_BASE: u64 = 0x1_0000_0000;
+pub const GUEST_BASE: u64 = 0x1_0000_0000;
 
 /// Room for every bounce buffer the suite asks for at once.
 const BOUNCE_BUDGET: usize = 64 << 20;
@@ -322,7 +322,8 @@ pub fn eventfd() -> File {
 }
 
 /// Guest memory of [`MEMORY`] bytes, as a worker sees it.
-fn guest_memory() -> Rc<View> {
+#[must_use]
+pub fn guest_memory() -> Rc<View> {
     // SAFETY: the name is a static string.
     let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC) };
     assert!(fd >= 0, "memfd_create: {}", io::Error::last_os_error());
