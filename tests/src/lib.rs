@@ -1,3 +1,4 @@
 //! What the tests and benchmarks share.
 
+pub mod driver;
 pub mod guest;
