@@ -188,6 +188,3 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     let metadata = fs::symlink_metadata(path).ok()?;
     Some((metadata.dev(), metadata.ino()))
 }
-
-#[cfg(test)]
-mod tests;

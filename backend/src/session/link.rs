@@ -112,7 +112,7 @@ impl Link {
                 self.name, id.index
             );
         }
-        self.session.reported(worker, report);
+        self.session.reported(worker, report, crew);
         let Phase::Pending { header, wait, .. } = self.phase else {
             return;
         };

@@ -73,8 +73,18 @@ pub struct Session {
     vrings: Vec<Vring>,
     /// The socket for messages of ours (SET_BACKEND_REQ_FD), kept for as long as the session.
     back_channel: Option<OwnedFd>,
-    /// The empty table that ended the session.
-    last: Option<TableEpoch>,
+    ending: Ending,
+}
+
+/// How far the end of a session is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    /// It has not ended.
+    NotYet,
+    /// Its vrings stop. They need their memory until they have, to say what was used.
+    Stopping,
+    /// Its memory goes: the workers were given this table without any.
+    Emptying(TableEpoch),
 }
 
 impl Session {
@@ -89,7 +99,7 @@ impl Session {
             epochs,
             vrings: (0..MAX_VRINGS).map(|_| Vring::new()).collect(),
             back_channel: None,
-            last: None,
+            ending: Ending::NotYet,
         }
     }
 
@@ -140,7 +150,7 @@ impl Session {
     }
 
     /// Takes a worker's report.
-    pub fn reported(&mut self, worker: usize, report: Report) {
+    pub fn reported(&mut self, worker: usize, report: Report, crew: &dyn Crew) {
         self.epochs.reported(worker, report);
         if let Report::Stopped { id, next_avail } = report
             && let Some(vring) = self.vrings.get_mut(usize::from(id.index))
@@ -148,6 +158,7 @@ impl Session {
         {
             vring.stopped(next_avail);
         }
+        self.go_on_ending(crew);
     }
 
     /// What a wait came to, once its condition holds.
@@ -171,20 +182,34 @@ impl Session {
         }
     }
 
-    /// Ends the session: every vring stops, and every region is given back.
+    /// Ends the session: every vring stops, and then every region is given back. A later call may
+    /// turn a drain into an abandonment.
     pub fn end(&mut self, mode: StopMode, crew: &dyn Crew) {
-        if self.last.is_none() {
-            self.stop_all(mode, crew);
-            self.last = Some(self.send_table(MemoryTable::empty(), crew));
-            self.back_channel = None;
+        match (self.ending, mode) {
+            (Ending::NotYet, _) => {
+                self.ending = Ending::Stopping;
+                self.back_channel = None;
+                self.stop_all(mode, crew);
+            }
+            (Ending::Stopping, StopMode::Abandon) => self.stop_all(mode, crew),
+            (Ending::Stopping, StopMode::Drain) | (Ending::Emptying(_), _) => {}
+        }
+        self.go_on_ending(crew);
+    }
+
+    fn go_on_ending(&mut self, crew: &dyn Crew) {
+        if self.ending == Ending::Stopping && self.all_stopped() {
+            self.ending = Ending::Emptying(self.send_table(MemoryTable::empty(), crew));
         }
     }
 
     /// Whether the session has ended and no request of it is left.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        self.last
-            .is_some_and(|last| self.epochs.holders(last).is_empty() && self.all_stopped())
+        match self.ending {
+            Ending::NotYet | Ending::Stopping => false,
+            Ending::Emptying(last) => self.epochs.holders(last).is_empty(),
+        }
     }
 
     /// What a session that has ended leaves for the next one.
@@ -211,9 +236,13 @@ impl Session {
     /// What the end of the session still waits for, for the log.
     #[must_use]
     pub fn leftovers(&self) -> Missing<'_> {
+        let wait = match self.ending {
+            Ending::NotYet | Ending::Stopping => None,
+            Ending::Emptying(last) => Some(Wait::Released(last)),
+        };
         Missing {
             session: self,
-            wait: self.last.map(Wait::Released),
+            wait,
         }
     }
 }
@@ -234,18 +263,16 @@ impl fmt::Display for Missing<'_> {
                 write!(
                     f,
                     "requests of workers {workers:?} that use earlier guest memory"
-                )?;
+                )
             }
-            Some(Wait::Adopted(_)) => f.write_str("workers that have not taken the new memory")?,
-            Some(Wait::Stopped(_) | Wait::Reset) | None => {}
+            Some(Wait::Adopted(_)) => f.write_str("workers that have not taken the new memory"),
+            Some(Wait::Stopped(_) | Wait::Reset) | None => {
+                let all = session.vrings.iter().enumerate();
+                let stopping = all.filter(|(_, vring)| vring.life == Life::Stopping);
+                let vrings: Vec<usize> = stopping.map(|(index, _)| index).collect();
+                write!(f, "requests in flight of vrings {vrings:?}")
+            }
         }
-        let stopping = session.vrings.iter().enumerate();
-        let stopping = stopping.filter(|(_, vring)| vring.life == Life::Stopping);
-        let vrings: Vec<usize> = stopping.map(|(index, _)| index).collect();
-        if vrings.is_empty() {
-            return Ok(());
-        }
-        write!(f, "; requests in flight of vrings {vrings:?}")
     }
 }
 

@@ -146,16 +146,16 @@ fn ready() -> (Session, Notes) {
         session.send(table, &crew).unwrap(),
         Step::Wait(Wait::Released(TableEpoch(1)))
     );
-    release(&mut session, 1);
+    release(&mut session, &crew, 1);
     session.send(addr(1, addresses()), &crew).unwrap();
     crew.take();
     (session, crew)
 }
 
-fn release(session: &mut Session, epoch: u64) {
+fn release(session: &mut Session, crew: &Notes, epoch: u64) {
     for worker in 0..2 {
-        session.reported(worker, Report::Adopted(DEVICE, TableEpoch(epoch)));
-        session.reported(worker, Report::Released(DEVICE, TableEpoch(epoch)));
+        session.reported(worker, Report::Adopted(DEVICE, TableEpoch(epoch)), crew);
+        session.reported(worker, Report::Released(DEVICE, TableEpoch(epoch)), crew);
     }
 }
 
@@ -298,6 +298,7 @@ fn get_vring_base_is_answered_when_the_worker_has_stopped() {
             id: id(1),
             next_avail: 77,
         },
+        &crew,
     );
     let reply = Some(Reply::VringBase { index: 1, base: 77 });
     assert_eq!(session.settle(Wait::Stopped(1)), Some(reply.clone()));
@@ -501,12 +502,12 @@ fn an_addition_waits_for_adoption_and_a_removal_for_release() {
         [(0, Command::SetTable { epoch: TableEpoch(2), table, .. }), (1, Command::SetTable { .. })]
             if table.regions().len() == 2
     ));
-    session.reported(0, Report::Adopted(DEVICE, TableEpoch(2)));
+    session.reported(0, Report::Adopted(DEVICE, TableEpoch(2)), &crew);
     assert!(
         !session.settled(added),
         "one worker of two has not adopted it"
     );
-    session.reported(1, Report::Adopted(DEVICE, TableEpoch(2)));
+    session.reported(1, Report::Adopted(DEVICE, TableEpoch(2)), &crew);
     assert!(session.settled(added));
 
     let removed = session.send(Message::RemMemReg(region(1)), &crew).unwrap();
@@ -514,15 +515,15 @@ fn an_addition_waits_for_adoption_and_a_removal_for_release() {
         panic!("{removed:?}")
     };
     for worker in 0..2 {
-        session.reported(worker, Report::Adopted(DEVICE, TableEpoch(3)));
+        session.reported(worker, Report::Adopted(DEVICE, TableEpoch(3)), &crew);
     }
-    session.reported(0, Report::Released(DEVICE, TableEpoch(3)));
+    session.reported(0, Report::Released(DEVICE, TableEpoch(3)), &crew);
     assert!(!session.settled(removed), "a request still uses the region");
     assert_eq!(
         session.missing(removed).to_string(),
         "requests of workers [1] that use earlier guest memory"
     );
-    session.reported(1, Report::Released(DEVICE, TableEpoch(3)));
+    session.reported(1, Report::Released(DEVICE, TableEpoch(3)), &crew);
     assert!(session.settled(removed));
 
     let gone = session.send(Message::RemMemReg(region(1)), &crew);
@@ -566,6 +567,7 @@ fn a_device_is_as_at_first_after_a_reset_but_keeps_its_memory() {
             id: id(1),
             next_avail: 6,
         },
+        &crew,
     );
     assert!(session.settled(Wait::Reset));
     assert_eq!(session.table.regions().len(), 1);
@@ -596,26 +598,34 @@ fn the_end_of_a_session_takes_everything_back_once() {
     let (mut session, crew) = ready();
     session.send(kick(1), &crew).unwrap();
     crew.take();
-    session.end(StopMode::Abandon, &crew);
     session.end(StopMode::Drain, &crew);
+    session.end(StopMode::Drain, &crew);
+    let told = crew.take();
+    assert!(
+        matches!(&told[..], [(1, Command::Stop(_, StopMode::Drain))]),
+        "{told:?}"
+    );
+    // The front end hangs up, so that nobody is left to be told what was used.
+    session.end(StopMode::Abandon, &crew);
+    let told = crew.take();
+    assert!(
+        matches!(&told[..], [(1, Command::Stop(_, StopMode::Abandon))]),
+        "{told:?}"
+    );
+
+    let stopped = Report::Stopped {
+        id: id(1),
+        next_avail: 6,
+    };
+    session.reported(1, stopped, &crew);
+    session.reported(1, stopped, &crew);
     let told = crew.take();
     assert!(matches!(
         &told[..],
-        [
-            (1, Command::Stop(_, StopMode::Abandon)),
-            (0, Command::SetTable { .. }),
-            (1, Command::SetTable { .. }),
-        ]
+        [(0, Command::SetTable { .. }), (1, Command::SetTable { .. })]
     ));
-    release(&mut session, 2);
-    assert!(!session.is_over(), "a vring has not stopped");
-    session.reported(
-        1,
-        Report::Stopped {
-            id: id(1),
-            next_avail: 6,
-        },
-    );
+    assert!(!session.is_over(), "its memory is still there");
+    release(&mut session, &crew, 2);
     assert!(session.is_over());
     assert_eq!(session.into_epochs().holders(TableEpoch(3)), [0, 1]);
 }

@@ -211,11 +211,15 @@ impl Session {
             let Some(vring) = self.vrings.get_mut(usize::from(index)) else {
                 continue;
             };
-            // One that is stopping already has its Stop; a second would be answered twice.
-            if vring.life == Life::Started {
-                vring.life = Life::Stopping;
-                crew.send(crew.owner(id), Command::Stop(id, mode));
+            match (vring.life, mode) {
+                (Life::Started, _) => {}
+                // Draining for an answer that nobody waits for any more: its worker gives it up,
+                // and still reports it once.
+                (Life::Stopping, StopMode::Abandon) => {}
+                (Life::Stopping, StopMode::Drain) | (Life::Stopped, _) => continue,
             }
+            vring.life = Life::Stopping;
+            crew.send(crew.owner(id), Command::Stop(id, mode));
         }
     }
 
