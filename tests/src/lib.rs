@@ -1,4 +1,5 @@
 //! What the tests and benchmarks share.
 
 pub mod driver;
+pub mod frontend;
 pub mod guest;

@@ -1,0 +1,332 @@
+//! A front end that behaves.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vublk::fds::borrow;
+
+use super::peer::{code, region_payload, words};
+use super::{Descriptor, DriverRing, GuestRam, Kind, Outcome, Peer};
+
+/// VIRTIO_F_VERSION_1.
+const VERSION_1: u64 = 1 << 32;
+/// VHOST_USER_F_PROTOCOL_FEATURES.
+const PROTOCOL_FEATURES: u64 = 1 << 30;
+/// How long a request may take before the test is given up.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Bytes of a request's data at most.
+const DATA: u64 = 64 << 10;
+/// Bytes between the places of two requests: header, status and data.
+const STRIDE: u64 = DATA + 4096;
+
+/// How the front end is set up.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Vrings.
+    pub vrings: u16,
+    /// Entries of each.
+    pub size: u16,
+    /// Virtio features beside VERSION_1 and PROTOCOL_FEATURES.
+    pub features: u64,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            vrings: 1,
+            size: 16,
+            features: 0,
+        }
+    }
+}
+
+/// One vring with its events.
+#[derive(Debug)]
+pub struct Vring {
+    /// The driver's half.
+    pub ring: DriverRing,
+    /// Its kick.
+    pub kick: EventFd,
+    /// Its call.
+    pub call: EventFd,
+    /// Its err.
+    pub err: EventFd,
+    /// Where its requests' bytes are.
+    buffers: u64,
+    /// What came back before it was asked for, by head.
+    came: HashMap<u16, u32>,
+}
+
+/// A front end that behaves.
+#[derive(Debug)]
+pub struct FrontEnd {
+    /// Its socket.
+    pub peer: Peer,
+    /// Its memory.
+    pub ram: Rc<GuestRam>,
+    /// Its vrings.
+    pub vrings: Vec<Vring>,
+}
+
+impl FrontEnd {
+    /// A handshake, memory and started vrings.
+    ///
+    /// # Errors
+    /// When the daemon refuses any of it.
+    pub fn start(peer: Peer, options: Options) -> Outcome<FrontEnd> {
+        let mut front_end = FrontEnd::attach(peer, options)?;
+        for index in 0..options.vrings {
+            front_end.start_vring(index, 0)?;
+        }
+        Ok(front_end)
+    }
+
+    /// A handshake and memory; the vrings are not started.
+    ///
+    /// # Errors
+    /// When the daemon refuses any of it.
+    pub fn attach(peer: Peer, options: Options) -> Outcome<FrontEnd> {
+        let per_vring =
+            DriverRing::new(&Rc::new(GuestRam::new(4096)?), options.size, 0).end() + 16 * STRIDE;
+        let ram = Rc::new(GuestRam::new(per_vring * u64::from(options.vrings))?);
+        let mut vrings = Vec::new();
+        for index in 0..options.vrings {
+            let ring = DriverRing::new(&ram, options.size, per_vring * u64::from(index));
+            let event = || EventFd::new(EFD_NONBLOCK);
+            vrings.push(Vring {
+                buffers: ring.end(),
+                ring,
+                kick: event()?,
+                call: event()?,
+                err: event()?,
+                came: HashMap::new(),
+            });
+        }
+        let front_end = FrontEnd { peer, ram, vrings };
+        front_end.negotiate(options.features)?;
+        front_end.share_memory()?;
+        Ok(front_end)
+    }
+
+    /// Owner, features and protocol features: everything offered.
+    ///
+    /// # Errors
+    /// When the daemon refuses any of it.
+    pub fn negotiate(&self, features: u64) -> Outcome {
+        let FrontEnd { peer, .. } = self;
+        peer.tell(code::SET_OWNER, &[], &[])?;
+        let offered = peer.ask_number(code::GET_FEATURES)?;
+        let protocol = peer.ask_number(code::GET_PROTOCOL_FEATURES)?;
+        peer.tell(code::SET_PROTOCOL_FEATURES, &protocol.to_ne_bytes(), &[])?;
+        let acked = offered & (VERSION_1 | PROTOCOL_FEATURES | features);
+        Ok(peer.confirm(code::SET_FEATURES, &acked.to_ne_bytes(), &[])?)
+    }
+
+    /// Gives the daemon all memory, in one table.
+    ///
+    /// # Errors
+    /// When it refuses.
+    pub fn share_memory(&self) -> Outcome {
+        let mut payload = words(&[1, 0]);
+        payload.extend(region_payload(self.ram.numbers()));
+        Ok(self
+            .peer
+            .confirm(code::SET_MEM_TABLE, &payload, &[self.ram.fd()])?)
+    }
+
+    /// Describes a vring, starts and enables it.
+    ///
+    /// # Errors
+    /// When the daemon refuses any of it.
+    pub fn start_vring(&mut self, index: u16, base: u16) -> Outcome {
+        let FrontEnd { peer, vrings, .. } = self;
+        let vring = vrings.get(usize::from(index)).ok_or("no such vring")?;
+        let n = u32::from(index);
+        peer.confirm(
+            code::SET_VRING_NUM,
+            &words(&[n, u32::from(vring.ring.size())]),
+            &[],
+        )?;
+        peer.confirm(code::SET_VRING_BASE, &words(&[n, u32::from(base)]), &[])?;
+        peer.confirm(code::SET_VRING_ADDR, &vring.addr_payload(n), &[])?;
+        let file = u64::from(n).to_ne_bytes();
+        peer.confirm(code::SET_VRING_ERR, &file, &[borrow(&vring.err)])?;
+        peer.confirm(code::SET_VRING_CALL, &file, &[borrow(&vring.call)])?;
+        peer.confirm(code::SET_VRING_KICK, &file, &[borrow(&vring.kick)])?;
+        Ok(peer.confirm(code::SET_VRING_ENABLE, &words(&[n, 1]), &[])?)
+    }
+
+    /// A vring.
+    ///
+    /// # Errors
+    /// When there is none of this index.
+    pub fn vring(&mut self, index: u16) -> Outcome<&mut Vring> {
+        Ok(self
+            .vrings
+            .get_mut(usize::from(index))
+            .ok_or("no such vring")?)
+    }
+
+    /// Makes a request available in one of sixteen places, and kicks. Its head is three times the
+    /// place, so that a ring of 16 has room for the first five.
+    ///
+    /// # Errors
+    /// When it does not fit memory.
+    pub fn submit(
+        &mut self,
+        index: u16,
+        place: u16,
+        request: (Kind, u64),
+        data: &[u8],
+    ) -> Outcome<u16> {
+        let ram = self.ram.clone();
+        let vring = self.vring(index)?;
+        let (kind, sector) = request;
+        let [header, status, bytes] = vring.places(place);
+        ram.write(header, &kind.header(sector))?;
+        ram.write(status, &[0xff])?;
+        let len = u32::try_from(data.len())?;
+        let mut chain = vec![Descriptor::source(header, 16)];
+        match kind {
+            Kind::Out => {
+                ram.write(bytes, data)?;
+                chain.push(Descriptor::source(bytes, len));
+            }
+            Kind::In | Kind::GetId => {
+                ram.write(bytes, data)?;
+                chain.push(Descriptor::dest(bytes, len));
+            }
+            Kind::Flush => {}
+        }
+        chain.push(Descriptor::dest(status, 1));
+        let head = place * 3;
+        vring.ring.offer_chain(head, &chain)?;
+        vring.kick.write(1)?;
+        Ok(head)
+    }
+
+    /// Waits for a request; its status byte.
+    ///
+    /// # Errors
+    /// When it does not come back for a long time.
+    pub fn wait(&mut self, index: u16, head: u16) -> Outcome<u8> {
+        let ram = self.ram.clone();
+        let vring = self.vring(index)?;
+        vring.wait_used(head)?;
+        let [_, status, _] = vring.places(head / 3);
+        Ok(ram.read(status, 1)?.first().copied().unwrap_or(0xff))
+    }
+
+    /// One request in the first place, from kick to status.
+    ///
+    /// # Errors
+    /// When it does not come back.
+    pub fn request(&mut self, index: u16, request: (Kind, u64), data: &[u8]) -> Outcome<u8> {
+        let head = self.submit(index, 0, request, data)?;
+        self.wait(index, head)
+    }
+
+    /// Writes a sector.
+    ///
+    /// # Errors
+    /// When its status is not OK.
+    pub fn write(&mut self, index: u16, sector: u64, data: &[u8]) -> Outcome {
+        match self.request(index, (Kind::Out, sector), data)? {
+            0 => Ok(()),
+            status => Err(format!("writing sector {sector}: status {status}").into()),
+        }
+    }
+
+    /// Reads sectors.
+    ///
+    /// # Errors
+    /// When its status is not OK.
+    pub fn read(&mut self, index: u16, sector: u64, count: usize) -> Outcome<Vec<u8>> {
+        match self.request(index, (Kind::In, sector), &vec![0xa5; count])? {
+            0 => {
+                let [_, _, bytes] = self.vring(index)?.places(0);
+                self.ram.read(bytes, count)
+            }
+            status => Err(format!("reading sector {sector}: status {status}").into()),
+        }
+    }
+
+    /// Writes, reads back and flushes on every vring, with bytes that differ by `seed`.
+    ///
+    /// # Errors
+    /// When anything is not as written.
+    pub fn verify(&mut self, seed: u64) -> Outcome {
+        let mut random = fastrand::Rng::with_seed(seed);
+        for index in 0..u16::try_from(self.vrings.len())? {
+            for sectors in [1_usize, 8, 127] {
+                let data: Vec<u8> = (0..sectors * 512).map(|_| random.u8(..)).collect();
+                let sector = random.u64(..4096);
+                self.write(index, sector, &data)?;
+                if self.request(index, (Kind::Flush, 0), &[])? != 0 {
+                    return Err("FLUSH failed".into());
+                }
+                if self.read(index, sector, data.len())? != data {
+                    return Err(format!("sector {sector} is not as it was written").into());
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Vring {
+    /// Guest addresses of the header, status and data of a place.
+    #[must_use]
+    pub fn places(&self, place: u16) -> [u64; 3] {
+        let base = self.buffers + u64::from(place) * STRIDE;
+        [base, base + 16, base + 4096]
+    }
+
+    /// The payload of SET_VRING_ADDR.
+    #[must_use]
+    pub fn addr_payload(&self, index: u32) -> Vec<u8> {
+        let mut payload = words(&[index, 0]);
+        for address in self.ring.addresses() {
+            payload.extend(address.to_ne_bytes());
+        }
+        payload.extend(self.ring.used_addr().to_ne_bytes());
+        payload
+    }
+
+    /// Waits until a head was used; the length that was reported.
+    ///
+    /// # Errors
+    /// When it does not come for a long time.
+    pub fn wait_used(&mut self, head: u16) -> Outcome<u32> {
+        loop {
+            while let Some((head, len)) = self.ring.take_used()? {
+                self.came.insert(u16::try_from(head)?, len);
+            }
+            if let Some(len) = self.came.remove(&head) {
+                return Ok(len);
+            }
+            wait_readable(&self.call)?;
+        }
+    }
+}
+
+/// Waits until an event was signalled, and takes the signal.
+///
+/// # Errors
+/// When it does not come for a long time.
+pub fn wait_readable(event: &EventFd) -> Outcome {
+    let fd = borrow(event);
+    let patience = Timespec {
+        tv_sec: i64::try_from(PATIENCE.as_secs())?,
+        tv_nsec: 0,
+    };
+    let mut polled = [PollFd::new(&fd, PollFlags::IN)];
+    if poll(&mut polled, Some(&patience))? == 0 {
+        return Err("nothing was signalled for a long time".into());
+    }
+    event.read()?;
+    Ok(())
+}
