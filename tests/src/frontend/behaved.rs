@@ -89,6 +89,17 @@ impl FrontEnd {
     /// # Errors
     /// When the daemon refuses any of it.
     pub fn attach(peer: Peer, options: Options) -> Outcome<FrontEnd> {
+        let front_end = FrontEnd::silent(peer, options)?;
+        front_end.negotiate(options.features)?;
+        front_end.share_memory()?;
+        Ok(front_end)
+    }
+
+    /// Memory and rings, and a daemon that has not heard a word.
+    ///
+    /// # Errors
+    /// When there is no memory.
+    pub fn silent(peer: Peer, options: Options) -> Outcome<FrontEnd> {
         let per_vring =
             DriverRing::new(&Rc::new(GuestRam::new(4096)?), options.size, 0).end() + 16 * STRIDE;
         let ram = Rc::new(GuestRam::new(per_vring * u64::from(options.vrings))?);
@@ -105,10 +116,7 @@ impl FrontEnd {
                 came: HashMap::new(),
             });
         }
-        let front_end = FrontEnd { peer, ram, vrings };
-        front_end.negotiate(options.features)?;
-        front_end.share_memory()?;
-        Ok(front_end)
+        Ok(FrontEnd { peer, ram, vrings })
     }
 
     /// Owner, features and protocol features: everything offered.

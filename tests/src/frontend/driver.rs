@@ -181,6 +181,16 @@ impl DriverRing {
         self.ram.store(self.avail + 2, index)
     }
 
+    /// Empties the ring, as a driver does that sets the device up again.
+    ///
+    /// # Errors
+    /// When the ring lies outside of memory.
+    pub fn start_over(&mut self) -> Outcome {
+        self.last_used = 0;
+        self.ram.store(self.used + 2, 0)?;
+        self.set_avail_index(0)
+    }
+
     /// Sets the avail ring's flags (virtio 2.7.6: NO_INTERRUPT).
     ///
     /// # Errors

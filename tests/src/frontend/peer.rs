@@ -218,6 +218,15 @@ impl Peer {
         Ok(self.reply_to(code)?.payload)
     }
 
+    /// As [`ask`](Self::ask), with NEED_REPLY as well: there is still one answer only.
+    ///
+    /// # Errors
+    /// When there is none, or one of another message.
+    pub fn ask_eagerly(&self, code: u32, payload: &[u8]) -> Result<Vec<u8>, PeerError> {
+        self.send(code, VERSION | NEED_REPLY, payload, &[])?;
+        Ok(self.reply_to(code)?.payload)
+    }
+
     /// Asks for a number.
     ///
     /// # Errors
