@@ -85,7 +85,16 @@ impl Hold {
         }
     }
 
+    #[inline]
     fn give_back(&mut self) {
+        match &self.extra {
+            Extra::Nothing => {}
+            Extra::Bounce(_) | Extra::Private(_) | Extra::Lent(_) => self.give_back_extra(),
+        }
+    }
+
+    #[cold]
+    fn give_back_extra(&mut self) {
         match std::mem::replace(&mut self.extra, Extra::Nothing) {
             Extra::Bounce(slot) => self.view.pools().bounce().give(slot),
             Extra::Nothing | Extra::Private(_) | Extra::Lent(_) => {}

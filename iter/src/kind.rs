@@ -110,23 +110,26 @@ impl List {
 
     #[inline]
     pub(crate) fn push(&mut self, pools: &Rc<Pools>, segment: Segment) {
-        match self {
-            Self::Few { items, len } => match items.get_mut(*len) {
-                Some(place) => {
-                    *place = segment;
-                    *len += 1;
-                }
-                None => self.spill(pools, segment),
-            },
-            Self::Many(items) => items.push(segment),
+        if let Self::Few { items, len } = self {
+            if let Some(place) = items.get_mut(*len) {
+                *place = segment;
+                *len += 1;
+                return;
+            }
+            // Out of line without the segment: passed to a call, it would be built in memory
+            // for every push, which doubles a walk's time.
+            self.spill(pools);
+        }
+        if let Self::Many(items) = self {
+            items.push(segment);
         }
     }
 
     #[cold]
-    fn spill(&mut self, pools: &Rc<Pools>, segment: Segment) {
+    fn spill(&mut self, pools: &Rc<Pools>) {
         let mut items = Recycled::take(pools, FEW + 1);
-        for item in self.iter().copied().chain([segment]) {
-            items.push(item);
+        for item in self.iter() {
+            items.push(*item);
         }
         *self = Self::Many(items);
     }

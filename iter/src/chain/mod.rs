@@ -9,11 +9,12 @@ mod fault;
 mod indirect;
 mod walk;
 
+use std::fmt;
 use std::rc::Rc;
 
 pub use fault::ChainFault;
 
-use self::walk::Walk;
+use self::walk::{Side, Walk};
 use crate::direction::{Dest, Source};
 use crate::hold::Hold;
 use crate::iov::IovIter;
@@ -35,11 +36,10 @@ pub struct ChainLimits {
 ///
 /// Everything was copied from guest memory exactly once; what the driver changes in its
 /// descriptors from now on changes nothing here.
-#[derive(Debug)]
 pub struct Chain {
     head: u16,
-    source: IovIter<Source>,
-    dest: IovIter<Dest>,
+    source: Side,
+    dest: Side,
     hold: Hold,
 }
 
@@ -78,7 +78,7 @@ impl Chain {
         let mut walk = Walk::new(view, limits);
         match walk.ring(table, size, head) {
             Ok(()) => {
-                let (source, dest) = walk.into_iters();
+                let (source, dest) = walk.into_sides();
                 Ok(Self {
                     head,
                     source,
@@ -95,12 +95,22 @@ impl Chain {
     }
 
     /// The index the chain is known by.
+    #[inline]
     pub fn head(&self) -> u16 {
         self.head
     }
 
     /// The chain's parts: what the device reads, what it writes, and what keeps both mapped.
+    #[inline]
     pub fn split(self) -> (IovIter<Source>, IovIter<Dest>, Hold) {
-        (self.source, self.dest, self.hold)
+        (self.source.into_iter(), self.dest.into_iter(), self.hold)
+    }
+}
+
+impl fmt::Debug for Chain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Chain")
+            .field("head", &self.head)
+            .finish_non_exhaustive()
     }
 }

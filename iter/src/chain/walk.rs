@@ -14,7 +14,7 @@ use virtio_queue::desc::split::Descriptor;
 
 use super::indirect::IndirectTable;
 use super::{ChainFault, ChainLimits};
-use crate::direction::{Dest, Source};
+use crate::direction::Direction;
 use crate::iov::IovIter;
 use crate::kind::{Kind, List};
 use crate::memory::Area;
@@ -34,14 +34,21 @@ pub(super) struct Walk<'a> {
     crossings: usize,
     /// The first rule that was broken. The walk goes on after it, to find the chain's end.
     fault: Option<ChainFault>,
-    /// The last segment, while it is a dest one.
+    /// Once a rule was broken: the last segment, while it is a dest one.
     last_dest: Option<Segment>,
 }
 
 /// One direction's segments, and the sum of their lengths.
-struct Side {
+pub(super) struct Side {
     list: List,
     bytes: usize,
+}
+
+impl Side {
+    #[inline]
+    pub(super) fn into_iter<D: Direction>(self) -> IovIter<D> {
+        IovIter::from_kind(Kind::Guest(self.list), self.bytes)
+    }
 }
 
 impl<'a> Walk<'a> {
@@ -124,11 +131,10 @@ impl<'a> Walk<'a> {
         self.last_dest.as_ref().and_then(StatusSlot::last_of)
     }
 
+    /// What was found, source and dest.
     #[inline]
-    pub(super) fn into_iters(self) -> (IovIter<Source>, IovIter<Dest>) {
-        let source = IovIter::from_kind(Kind::Guest(self.source.list), self.source.bytes);
-        let dest = IovIter::from_kind(Kind::Guest(self.dest.list), self.dest.bytes);
-        (source, dest)
+    pub(super) fn into_sides(self) -> (Side, Side) {
+        (self.source, self.dest)
     }
 
     /// Takes one descriptor's buffer.
@@ -191,8 +197,8 @@ impl<'a> Walk<'a> {
 
     #[inline]
     fn push(&mut self, segment: Segment, writable: bool) {
-        self.last_dest = writable.then_some(segment);
         if self.fault.is_some() {
+            self.last_dest = writable.then_some(segment);
             return;
         }
         let side = if writable {
@@ -208,7 +214,11 @@ impl<'a> Walk<'a> {
     /// Notes the first broken rule that does not hide the chain's end.
     #[cold]
     fn note(&mut self, fault: ChainFault) {
-        self.fault.get_or_insert(fault);
+        if self.fault.is_none() {
+            self.fault = Some(fault);
+            // Until now the order was kept, so dest segments, if there are any, came last.
+            self.last_dest = self.dest.list.last().copied();
+        }
     }
 
     /// Ends a walk that cannot find the chain's end.
