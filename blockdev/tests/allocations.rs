@@ -72,7 +72,7 @@ fn a_warm_ring_allocates_nothing() {
         &open::memory(64 << 20, 512).expect("memory opens"),
         50_000,
     );
-    let buffered = Scratch::in_memory(8 << 20);
+    let buffered = Scratch::in_dir("/dev/shm", 8 << 20);
     let file = open::file(buffered.path(), options(Direct::Off, None)).expect("it opens");
     check("file", &file, 20_000);
     let direct = LoopDevice::new(8 << 20, 512, Access::ReadWrite);

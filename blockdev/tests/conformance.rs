@@ -46,11 +46,11 @@ conformance!(file_direct_4096, || disk(
     options(Direct::On, Some(4096))
 ));
 conformance!(file_tmpfs, || disk(
-    Scratch::in_memory(SIZE),
+    Scratch::in_dir("/dev/shm", SIZE),
     options(Direct::Off, None)
 ));
 conformance!(file_tmpfs_direct, || disk(
-    Scratch::in_memory(SIZE),
+    Scratch::in_dir("/dev/shm", SIZE),
     options(Direct::On, None)
 ));
 conformance!(block_512, || disk(

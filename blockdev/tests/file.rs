@@ -3,6 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail like the test")]
 
+#[path = "support/mounted.rs"]
+mod mounted;
 mod support;
 
 use std::fs::{File, OpenOptions};
@@ -16,7 +18,9 @@ use blockdev::{
     Access, BlockDevice, Caching, Direct, Durability, Engine, Extent, FileOptions, IoError, Op,
     Sector, Unmap, open,
 };
+use mounted::Mounted;
 use support::{LoopDevice, Place, Scratch, options};
+use vmm_sys_util::tempdir::TempDir;
 
 const ENGINES: [Engine; 2] = [Engine::IoUring, Engine::Threads];
 const SIZE: u64 = 8 << 20;
@@ -39,7 +43,7 @@ fn allocated(path: &Path) -> u64 {
 
 #[test]
 fn an_error_at_open_names_the_file_and_the_mend() {
-    let dir = vmm_sys_util::tempdir::TempDir::new().unwrap();
+    let dir = TempDir::new().unwrap();
     let there = |name: &str| dir.as_path().join(name);
     let plain = options(Direct::Off, None);
 
@@ -246,72 +250,46 @@ fn a_resize_is_seen_at_refresh_and_ops_beyond_it_fail() {
     }
 }
 
-/// A small file system that fills up. The image lies on it as a hole.
-fn on_a_full_file_system(check: impl Fn(&Path)) {
-    let disk = LoopDevice::new(16 << 20, 512, Access::ReadWrite);
-    let mkfs = Command::new("mkfs.ext4")
-        .args(["-q", "-F", "-m", "0"])
-        .arg(disk.path())
-        .status();
-    assert!(mkfs.unwrap().success());
-    let mount = vmm_sys_util::tempdir::TempDir::new().unwrap();
-    let mounted = Command::new("mount")
-        .arg(disk.path())
-        .arg(mount.as_path())
-        .status();
-    assert!(mounted.unwrap().success());
-    let image = mount.as_path().join("image");
-    File::create(&image).unwrap().set_len(64 << 20).unwrap();
-    check(&image);
-    assert!(
-        Command::new("umount")
-            .arg(mount.as_path())
-            .status()
-            .unwrap()
-            .success()
-    );
-}
-
 #[test]
 fn a_full_file_system_fails_writes() {
-    on_a_full_file_system(|image| {
-        for (engine, direct) in ENGINES
-            .into_iter()
-            .flat_map(|e| [Direct::On, Direct::Off].map(|d| (e, d)))
-        {
-            let device = open::file(image, options(direct, Some(4096))).unwrap();
-            let mut rig = Rig::new(&device, engine);
-            let mut failed = 0;
-            for chunk in 0..64u64 {
-                let op = rig.write_op(chunk * 2048, &[(0, 1 << 20)], Durability::Durable);
-                match rig.run(op) {
-                    Ok(()) => assert!(chunk < 16, "{engine}: there is no room for {chunk} MiB"),
-                    Err(IoError::Os(errno)) => {
-                        assert_eq!(errno, libc::ENOSPC, "{engine}, {direct:?}, chunk {chunk}");
-                        failed += 1;
-                    }
-                    Err(error) => panic!("{engine}, {direct:?}, chunk {chunk}: {error}"),
+    let mounted = Mounted::new();
+    let image = mounted.file(64 << 20);
+    for (engine, direct) in ENGINES
+        .into_iter()
+        .flat_map(|e| [Direct::On, Direct::Off].map(|d| (e, d)))
+    {
+        let device = open::file(&image, options(direct, Some(4096))).unwrap();
+        let mut rig = Rig::new(&device, engine);
+        let mut failed = 0;
+        for chunk in 0..64u64 {
+            let op = rig.write_op(chunk * 2048, &[(0, 1 << 20)], Durability::Durable);
+            match rig.run(op) {
+                Ok(()) => assert!(chunk < 16, "{engine}: there is no room for {chunk} MiB"),
+                Err(IoError::Os(errno)) => {
+                    assert_eq!(errno, libc::ENOSPC, "{engine}, {direct:?}, chunk {chunk}");
+                    failed += 1;
                 }
+                Err(error) => panic!("{engine}, {direct:?}, chunk {chunk}: {error}"),
             }
-            assert!(
-                failed >= 48,
-                "{engine}, {direct:?}: only {failed} writes failed"
-            );
-            // Zeroing in place needs space too where there was none; giving it back makes room.
-            let op = rig.zero_op(63 * 2048, 1 << 20, Unmap::Forbidden, Durability::Durable);
-            assert_eq!(
-                rig.run(op),
-                Err(IoError::Os(libc::ENOSPC)),
-                "{engine}, {direct:?}"
-            );
-            let op = rig.discard_op(0, 16 << 20, Durability::Durable);
-            assert_eq!(rig.run(op), Ok(()), "{engine}, {direct:?}");
-            let op = rig.write_op(0, &[(0, 1 << 20)], Durability::Durable);
-            assert_eq!(rig.run(op), Ok(()), "{engine}, {direct:?}");
-            let op = rig.discard_op(0, 16 << 20, Durability::Durable);
-            assert_eq!(rig.run(op), Ok(()), "{engine}, {direct:?}");
         }
-    });
+        assert!(
+            failed >= 48,
+            "{engine}, {direct:?}: only {failed} writes failed"
+        );
+        // Zeroing in place needs space too where there was none; giving it back makes room.
+        let op = rig.zero_op(63 * 2048, 1 << 20, Unmap::Forbidden, Durability::Durable);
+        assert_eq!(
+            rig.run(op),
+            Err(IoError::Os(libc::ENOSPC)),
+            "{engine}, {direct:?}"
+        );
+        let op = rig.discard_op(0, 16 << 20, Durability::Durable);
+        assert_eq!(rig.run(op), Ok(()), "{engine}, {direct:?}");
+        let op = rig.write_op(0, &[(0, 1 << 20)], Durability::Durable);
+        assert_eq!(rig.run(op), Ok(()), "{engine}, {direct:?}");
+        let op = rig.discard_op(0, 16 << 20, Durability::Durable);
+        assert_eq!(rig.run(op), Ok(()), "{engine}, {direct:?}");
+    }
 }
 
 #[test]
@@ -364,7 +342,7 @@ fn space_comes_back_when_it_may_and_stays_when_it_must() {
 fn zeroes_are_written_where_ranges_cannot_be_zeroed_and_across_many_calls() {
     // A tmpfs punches holes and zeroes nothing in place; 5 MiB are more than one call writes.
     for engine in ENGINES {
-        let place = Scratch::in_memory(SIZE);
+        let place = Scratch::in_dir("/dev/shm", SIZE);
         let device = open_as(&place, Direct::Off, None);
         let mut rig = Rig::new(&device, engine);
         rig.fill(&[(0, SIZE as usize)], &vec![1; SIZE as usize]);

@@ -106,9 +106,10 @@ fn parts(memory: &Vectors) -> (*const iovec, c_int) {
     }
 }
 
-/// The kernel's `loff_t`; what does not fit becomes negative and is refused there.
+/// The kernel's `loff_t`; what does not fit becomes negative and is refused there. It must not be
+/// -1, which asks preadv2 for the file's position.
 fn signed(bytes: u64) -> i64 {
-    i64::try_from(bytes).unwrap_or(-1)
+    i64::try_from(bytes).unwrap_or(i64::MIN)
 }
 
 /// A system call's return value in io_uring's form. No call moves 2^31 bytes or more.
@@ -127,3 +128,46 @@ pub(super) const MAX_VECTORS: usize = 1024;
 
 /// `_IO(0x12, 119)` of linux/fs.h; the same number on every architecture this runs on.
 const BLKDISCARD: libc::Ioctl = 0x1277;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn an_offset_the_kernel_cannot_count_is_refused() {
+        let file = std::fs::File::open("/proc/self/exe").unwrap();
+        let mut buffer = [0u8; 64];
+        let memory = Vectors::One(iovec {
+            iov_base: buffer.as_mut_ptr().cast(),
+            iov_len: buffer.len(),
+        });
+        for offset in [1 << 63, u64::MAX - 511, u64::MAX] {
+            let calls = [
+                Call::Read { memory, offset },
+                Call::Write {
+                    memory,
+                    offset,
+                    flags: 0,
+                },
+                Call::Fallocate {
+                    mode: libc::FALLOC_FL_KEEP_SIZE,
+                    offset,
+                    len: 512,
+                },
+            ];
+            for call in calls {
+                // SAFETY: the memory is a local that outlives the call.
+                let res = unsafe { call.execute(file.as_raw_fd()) };
+                // The file is open for reading only, which the kernel may notice first.
+                assert!(
+                    [-libc::EINVAL, -libc::EBADF].contains(&res),
+                    "{call:?}: {res}"
+                );
+            }
+            // SAFETY: as above.
+            let res = unsafe { Call::Read { memory, offset }.execute(file.as_raw_fd()) };
+            assert_eq!(res, -libc::EINVAL);
+        }
+    }
+}

@@ -34,16 +34,12 @@ pub(crate) struct Scratch {
 impl Scratch {
     /// Where the build lies: on a disk, where O_DIRECT and holes are what users have.
     pub(crate) fn on_disk(size: u64) -> Self {
-        Self::new(Path::new(env!("CARGO_TARGET_TMPDIR")), size)
+        Self::in_dir(env!("CARGO_TARGET_TMPDIR"), size)
     }
 
-    /// On a tmpfs, which zeroes no ranges in place.
-    pub(crate) fn in_memory(size: u64) -> Self {
-        Self::new(Path::new("/dev/shm"), size)
-    }
-
-    fn new(parent: &Path, size: u64) -> Self {
-        let dir = TempDir::new_in(parent).unwrap();
+    /// Somewhere else; /dev/shm is a tmpfs, which zeroes no ranges in place.
+    pub(crate) fn in_dir(parent: &str, size: u64) -> Self {
+        let dir = TempDir::new_in(Path::new(parent)).unwrap();
         let path = dir.as_path().join("disk");
         File::create(&path).unwrap().set_len(size).unwrap();
         Self { path, _dir: dir }
