@@ -123,7 +123,7 @@ stage_clippy() {
 
 stage_deny() {
     need_cargo_tool deny || return
-    cargo deny --workspace check --config ci/deny.toml bans licenses sources
+    cargo deny --workspace --config ci/deny.toml check bans licenses sources
 }
 
 stage_doc() {
@@ -200,6 +200,8 @@ stage_fuzz() {
 
 stage_guest() {
     ci/guest-images.sh || return
+    # What a run that was killed left behind.
+    find "$guest_folder/run" -mindepth 1 -maxdepth 1 -mmin +1440 -exec rm -rf {} + 2>/dev/null
     cargo build --release -p vublk || return
     local status=0
     export VUBLK_BIN=$target/release/vublk VUBLK_GUEST_DIR=$guest_folder

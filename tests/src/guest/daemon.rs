@@ -193,6 +193,7 @@ impl DaemonSpec {
             process,
             socket,
             spec: self.clone(),
+            has_ended: false,
         };
         daemon.wait_listening()?;
         Ok(daemon)
@@ -242,7 +243,7 @@ impl DaemonSpec {
                 node.push(on_off(self.direct.unwrap_or(false)));
                 node
             }
-            Storage::Null(size) => format!("driver=null-aio,read-zeroes=on,size={size}").into(),
+            Storage::Null(size) => format!("driver=null-co,size={size}").into(),
             Storage::Memory(size) => {
                 let daemon = DaemonKind::QemuStorageDaemon.name();
                 let what = format!("{size} bytes of its own memory");
@@ -275,13 +276,15 @@ impl DaemonSpec {
     }
 }
 
-/// A running daemon; killed on drop.
+/// A running daemon; killed on drop, which shows its log: a test that passes ends its daemons.
 #[derive(Debug)]
 pub struct Daemon {
     kind: DaemonKind,
     process: Process,
     socket: PathBuf,
     spec: DaemonSpec,
+    /// Set once a test has ended it as it meant to.
+    has_ended: bool,
 }
 
 impl Daemon {
@@ -347,7 +350,9 @@ impl Daemon {
     pub fn stop(mut self) -> Result<(), GuestError> {
         self.process.check_running()?;
         self.process.terminate()?;
-        self.process.wait_success(STOP_LIMIT)
+        self.process.wait_success(STOP_LIMIT)?;
+        self.has_ended = true;
+        Ok(())
     }
 
     /// Ends it with SIGKILL.
@@ -355,7 +360,9 @@ impl Daemon {
     /// # Errors
     /// `Host` when it cannot be reaped.
     pub fn kill(mut self) -> Result<(), GuestError> {
-        self.process.kill().map(drop)
+        self.process.kill()?;
+        self.has_ended = true;
+        Ok(())
     }
 
     /// A connection made only to see whether someone listens would be a front end to the daemon,
@@ -387,7 +394,7 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        if thread::panicking() {
+        if !self.has_ended {
             eprintln!("--- {} ---\n{}", self.kind.name(), self.log());
         }
     }
