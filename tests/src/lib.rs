@@ -1,5 +1,6 @@
 //! What the tests and benchmarks share.
 
+pub mod bench;
 pub mod driver;
 pub mod frontend;
 pub mod guest;

@@ -131,11 +131,11 @@ pub fn connect(socket: &Path, spec: &Spec) -> Result<Vec<Queue>, DriverError> {
         Box::new(VhostUser::new(path, wanted_features(spec)).map_err(refused("connect"))?);
     let memory = Memory::new(spec)?;
     memory.register(transport.as_mut())?;
-    let vrings = VirtioBlkQueue::setup_queues(transport.as_mut(), spec.queues, spec.queue_size)
-        .map_err(refused("start the vrings"))?;
     let config = transport
         .get_config()
         .map_err(refused("read the configuration"))?;
+    let vrings = VirtioBlkQueue::setup_queues(transport.as_mut(), spec.queues, spec.queue_size)
+        .map_err(refused("start the vrings"))?;
     let disk = describe(&config, transport.get_features());
     let connection = Arc::new(Connection {
         transport,
