@@ -68,6 +68,10 @@ impl BouncePool {
         self.in_use
     }
 
+    pub(crate) fn allocated(&self) -> usize {
+        self.allocated
+    }
+
     fn buffer(&self, slot: u32) -> Option<&Buffer> {
         self.buffers.get(slot as usize)?.as_ref()
     }

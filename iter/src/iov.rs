@@ -27,8 +27,8 @@ use crate::view::View;
 ///
 /// # Invariants
 /// `consumed + count <= total`, which is the sum of the segments' lengths; no segment is empty;
-/// `index` and `skip` name byte `consumed`, at the start of a segment rather than at the end of
-/// the one before.
+/// `index` and `skip` name byte `consumed`: at the start of a segment rather than at the end of
+/// the one before, unless there is no byte after it.
 pub struct IovIter<D: Direction> {
     pub(crate) kind: Kind,
     /// Bytes from the origin to the end.

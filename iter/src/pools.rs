@@ -33,6 +33,11 @@ impl Pools {
         self.bounce.borrow().in_use()
     }
 
+    /// Bytes of bounce buffers that exist, in use or idle; never above the budget.
+    pub fn bounce_allocated(&self) -> usize {
+        self.bounce.borrow().allocated()
+    }
+
     pub(crate) fn bounce(&self) -> RefMut<'_, BouncePool> {
         self.bounce.borrow_mut()
     }

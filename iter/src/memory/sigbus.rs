@@ -10,11 +10,10 @@
     reason = "installs a signal handler that maps pages over lost ones"
 )]
 
-use std::cell::UnsafeCell;
 use std::ffi::{c_int, c_void};
 use std::fmt;
 use std::io;
-use std::mem::MaybeUninit;
+use std::mem::zeroed;
 use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering, fence};
@@ -199,7 +198,7 @@ static WRITER: Mutex<Writer> = Mutex::new(Writer {
 
 /// The eventfd to write at a hit, or -1.
 static EVENT: AtomicI32 = AtomicI32::new(-1);
-static PREVIOUS: OnceLock<Previous> = OnceLock::new();
+static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
 
 fn lock_writer() -> std::sync::MutexGuard<'static, Writer> {
     // Every change under the lock is complete before the next call that could panic.
@@ -207,21 +206,17 @@ fn lock_writer() -> std::sync::MutexGuard<'static, Writer> {
 }
 
 fn install_handler() -> io::Result<()> {
-    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
     // SAFETY: an all-zero sigaction is a valid one: no handler, no flags, an empty mask.
-    let mut action = unsafe { action.assume_init_mut() }.to_owned();
+    let (mut action, mut previous): (libc::sigaction, libc::sigaction) = unsafe { zeroed() };
     let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = on_sigbus;
     action.sa_sigaction = handler as libc::sighandler_t;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
     // The previous disposition is read first: the handler may run as soon as it is installed.
-    let mut previous = MaybeUninit::<libc::sigaction>::zeroed();
     // SAFETY: a null action only reads; `previous` is a place for one sigaction.
-    if unsafe { libc::sigaction(libc::SIGBUS, ptr::null(), previous.as_mut_ptr()) } != 0 {
+    if unsafe { libc::sigaction(libc::SIGBUS, ptr::null(), &mut previous) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: zeroed at first and then filled in by the kernel.
-    let previous = unsafe { previous.assume_init() };
-    PREVIOUS.get_or_init(|| Previous(UnsafeCell::new(previous)));
+    PREVIOUS.get_or_init(|| previous);
     // SAFETY: `action` is a complete sigaction, and `on_sigbus` does only what a signal handler
     // may: atomic loads and stores, mmap, write, sigaction, and no locks.
     if unsafe { libc::sigaction(libc::SIGBUS, &action, ptr::null_mut()) } != 0 {
@@ -245,13 +240,6 @@ fn set_event(fd: BorrowedFd<'_>) -> io::Result<()> {
     }
     Ok(())
 }
-
-struct Previous(UnsafeCell<libc::sigaction>);
-
-// SAFETY: written once before it is shared, and only read from then on.
-unsafe impl Sync for Previous {}
-// SAFETY: a sigaction is plain data; its function pointer is valid in every thread.
-unsafe impl Send for Previous {}
 
 /// The handler. May run in any thread at any instruction, so: no locks, no allocation.
 extern "C" fn on_sigbus(_signal: c_int, info: *mut libc::siginfo_t, _context: *mut c_void) {
@@ -314,9 +302,9 @@ fn wake() {
 /// ends as it would have without this handler.
 fn pass_on(code: c_int) {
     match PREVIOUS.get() {
-        // SAFETY: the cell holds a complete sigaction that nobody writes any more.
+        // SAFETY: `previous` is a complete sigaction, and never written again.
         Some(previous) => unsafe {
-            libc::sigaction(libc::SIGBUS, previous.0.get(), ptr::null_mut());
+            libc::sigaction(libc::SIGBUS, previous, ptr::null_mut());
         },
         // SAFETY: SIG_DFL is a valid disposition.
         None => unsafe {
