@@ -2,6 +2,7 @@
 
 use std::os::fd::AsFd;
 
+use blockdev::Engine;
 use vhost::VhostBackend;
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
@@ -9,7 +10,8 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostUserMemoryRegionInfo, VringConfigData};
 use vublk_tests::frontend::{
-    FrontEnd, Kind, NEED_REPLY, Options, Outcome, Served, VERSION, code, wait_readable, words,
+    FrontEnd, Kind, NEED_REPLY, Options, Outcome, ServeOptions, Served, VERSION, code,
+    wait_readable, words,
 };
 
 #[test]
@@ -20,6 +22,26 @@ fn a_front_end_reads_what_it_wrote() -> Outcome {
         ..Options::default()
     };
     FrontEnd::start(served.connect()?, options)?.verify(1)?;
+    served.stop()
+}
+
+#[test]
+fn a_front_end_is_served_without_io_uring() -> Outcome {
+    let options = ServeOptions {
+        engine: Engine::Threads,
+        workers: 3,
+        ..ServeOptions::default()
+    };
+    let served = Served::start_with(&options)?;
+    let vrings = Options {
+        vrings: 4,
+        ..Options::default()
+    };
+    for seed in 2..5 {
+        let mut front_end = FrontEnd::start(served.connect()?, vrings)?;
+        front_end.verify(seed)?;
+        front_end.peer.vring_base(0)?;
+    }
     served.stop()
 }
 
