@@ -271,8 +271,10 @@ impl Ring {
                 return Some(Event::Done(completion));
             }
             if let Some(answer) = self.answers.pop_front() {
-                self.answered(answer.index, answer.res);
-                continue;
+                match self.answered(answer.index, answer.res) {
+                    Some(completion) => return Some(Event::Done(completion)),
+                    None => continue,
+                }
             }
             let report = match &mut self.core {
                 Core::Uring(uring) => uring.next(),
@@ -284,8 +286,10 @@ impl Ring {
                     generation,
                     res,
                 }) => {
-                    if self.slots.is_current(index, generation) {
-                        self.answered(index, res);
+                    if self.slots.is_current(index, generation)
+                        && let Some(completion) = self.answered(index, res)
+                    {
+                        return Some(Event::Done(completion));
                     }
                 }
                 Some(Report::Ready(token)) => return Some(Event::Ready(token)),
@@ -302,31 +306,29 @@ impl Ring {
     }
 
     fn collect_helpers(&mut self) {
-        if let Some(helpers) = &self.helpers {
+        if let Some(helpers) = &mut self.helpers {
             helpers.collect(&mut self.answers);
         }
     }
 
     /// The kernel answered the call of an op: the next one follows, or the op ends.
-    fn answered(&mut self, index: u32, res: i32) {
-        let Some(flight) = self.slots.get_mut(index) else {
-            return;
-        };
+    fn answered(&mut self, index: u32, res: i32) -> Option<Completion> {
+        let flight = self.slots.get_mut(index)?;
         flight.calling = false;
-        let Some(file) = self.files.get_mut(flight.file as usize) else {
-            return;
-        };
+        let file = self.files.get_mut(flight.file as usize)?;
         match flight.answer(res, file) {
-            Next::Call => self.call(index),
+            Next::Call => {
+                self.call(index);
+                None
+            }
             Next::End(outcome) => {
-                if let Some(Flight { op, moved, .. }) = self.slots.remove(index) {
-                    self.complete(Completion {
-                        tag: Tag(index),
-                        op,
-                        moved,
-                        outcome,
-                    });
-                }
+                let Flight { op, moved, .. } = self.slots.remove(index)?;
+                Some(Completion {
+                    tag: Tag(index),
+                    op,
+                    moved,
+                    outcome,
+                })
             }
         }
     }

@@ -74,8 +74,8 @@ fn a_warm_ring_allocates_nothing() {
     );
     let buffered = Scratch::in_dir("/dev/shm", 8 << 20);
     let file = open::file(buffered.path(), options(Direct::Off, None)).expect("it opens");
-    check("file", &file, 20_000);
+    check("file", &file, 10_000);
     let direct = LoopDevice::new(8 << 20, 512, Access::ReadWrite);
     let file = open::file(direct.path(), options(Direct::On, None)).expect("it opens");
-    check("block special", &file, 5000);
+    check("block special", &file, 2000);
 }

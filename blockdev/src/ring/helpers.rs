@@ -31,11 +31,14 @@ pub(super) struct Answer {
     pub(super) res: i32,
 }
 
-/// The threads of one ring: started when there is work for them, joined when the ring goes.
+/// The threads of one ring: started when there is more work than ever, joined when the ring goes.
 #[derive(Debug)]
 pub(super) struct Helpers {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// Jobs whose answers were not collected, now and at most.
+    outstanding: usize,
+    peak: usize,
     complained: bool,
 }
 
@@ -52,7 +55,6 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Queue {
     jobs: VecDeque<Job>,
-    idle: usize,
     stopping: bool,
 }
 
@@ -69,6 +71,8 @@ impl Helpers {
         Ok(Self {
             shared: Arc::new(shared),
             threads: Vec::new(),
+            outstanding: 0,
+            peak: 0,
             complained: false,
         })
     }
@@ -83,13 +87,11 @@ impl Helpers {
     /// # Safety
     /// What the call points to stays valid until its answer was taken or this value was dropped.
     pub(super) unsafe fn execute(&mut self, job: Job) {
-        let mut queue = lock(&self.shared.queue);
-        queue.jobs.push_back(job);
-        let starved = queue.jobs.len() > queue.idle;
-        drop(queue);
-        if starved && self.threads.len() < MAX_THREADS {
-            self.start_thread();
+        self.outstanding += 1;
+        if self.outstanding > self.peak {
+            self.grow();
         }
+        lock(&self.shared.queue).jobs.push_back(job);
         if self.threads.is_empty() {
             // Slow is better than stuck: without any thread the work is done here.
             self.shared.drain();
@@ -98,17 +100,37 @@ impl Helpers {
     }
 
     /// Moves the answers that have come into `into`.
-    pub(super) fn collect(&self, into: &mut VecDeque<Answer>) {
+    pub(super) fn collect(&mut self, into: &mut VecDeque<Answer>) {
         if self.has_answers() {
             // Cleared first: an answer that comes now sets it again.
             self.shared.answered.store(false, Ordering::Release);
+            let before = into.len();
+            into.reserve(self.peak);
             into.extend(lock(&self.shared.answers).drain(..));
+            self.outstanding = self.outstanding.saturating_sub(into.len() - before);
         }
     }
 
     /// Whether [`Self::collect`] would find something.
     pub(super) fn has_answers(&self) -> bool {
         self.shared.answered.load(Ordering::Acquire)
+    }
+
+    /// More jobs are out than ever: makes room for them all, so that no list grows later, and
+    /// starts one thread for each as long as they are few.
+    fn grow(&mut self) {
+        self.peak = self.outstanding;
+        let mut queue = lock(&self.shared.queue);
+        let more = self.peak.saturating_sub(queue.jobs.len());
+        queue.jobs.reserve(more);
+        drop(queue);
+        let mut answers = lock(&self.shared.answers);
+        let more = self.peak.saturating_sub(answers.len());
+        answers.reserve(more);
+        drop(answers);
+        if self.threads.len() < self.peak.min(MAX_THREADS) {
+            self.start_thread();
+        }
     }
 
     fn start_thread(&mut self) {
@@ -157,12 +179,10 @@ impl Shared {
                 self.perform(&job);
                 queue = lock(&self.queue);
             } else {
-                queue.idle += 1;
                 queue = self
                     .work
                     .wait(queue)
                     .unwrap_or_else(PoisonError::into_inner);
-                queue.idle -= 1;
             }
         }
     }

@@ -23,7 +23,7 @@ impl Poller {
             epoll: Epoll::new()?,
             watches: Watches::default(),
             events: vec![EpollEvent::default(); BATCH],
-            reports: VecDeque::new(),
+            reports: VecDeque::with_capacity(2 * BATCH),
         })
     }
 
