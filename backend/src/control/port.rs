@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events};
-use log::{error, info, warn};
+use log::error;
 
 use super::listen::{Listen, ListenError, Socket};
 use crate::blk::BlkDevice;
 use crate::proto::Connection;
-use crate::session::{Crew, Epochs, Link, Wants};
+use crate::session::{Crew, Link, Remains, Wants};
 use crate::worker::{Report, StopMode};
 
 /// A device, the socket it is served on, and its front end.
@@ -19,8 +19,8 @@ pub(super) struct Port {
     device: Arc<BlkDevice>,
     door: Door,
     link: Option<Link>,
-    /// What the workers know of the device's memory while there is no link.
-    epochs: Option<Epochs>,
+    /// What the last link left, while there is none.
+    remains: Option<Remains>,
     /// What of the link's socket is watched now.
     watched: Watched,
 }
@@ -60,7 +60,7 @@ impl Port {
             device,
             door: Door::Open(Socket::open(listen)?),
             link: None,
-            epochs: Some(Epochs::new(workers)),
+            remains: Some(Remains::new(workers)),
             watched: Watched {
                 fd: None,
                 wants: Wants::Nothing,
@@ -102,14 +102,12 @@ impl Port {
         let Door::Open(Socket::Listening(listener, _)) = &self.door else {
             return;
         };
-        if self.link.is_some() {
-            let name = self.device.name();
-            warn!("{name}: another front end waits until this one has left");
+        if let Some(link) = &mut self.link {
+            link.knocked();
             return;
         }
         match listener.accept() {
             Ok((stream, _)) => {
-                info!("{}: a front end connected", self.device.name());
                 self.attach(Connection::new(stream));
             }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
@@ -184,10 +182,10 @@ impl Port {
     }
 
     fn attach(&mut self, connection: Connection) {
-        let Some(epochs) = self.epochs.take() else {
+        let Some(remains) = self.remains.take() else {
             return;
         };
-        self.link = Some(Link::new(connection, self.device.clone(), epochs));
+        self.link = Some(Link::new(connection, self.device.clone(), remains));
     }
 
     /// Watches what the link wants now, and lets go of a link that is over.
@@ -201,8 +199,7 @@ impl Port {
         let Some(link) = self.link.take_if(|link| link.is_over()) else {
             return;
         };
-        self.epochs = Some(link.into_epochs());
-        info!("{}: the front end's session is over", self.device.name());
+        self.remains = Some(link.into_remains());
         self.watch_door(place, EventSet::IN, ops);
     }
 

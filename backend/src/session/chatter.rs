@@ -4,13 +4,13 @@ use std::error::Error;
 use std::fmt;
 use std::time::{Duration, Instant};
 
-/// Lines a connection may cause at once.
+/// Lines the front ends of a device may cause at once.
 const BURST: u32 = 16;
 
-/// The time after which it may cause one more.
+/// The time after which they may cause one more.
 const REFILL: Duration = Duration::from_secs(5);
 
-/// How many lines a connection may still cause.
+/// How many lines the front ends of a device may still cause.
 #[derive(Debug)]
 pub(super) struct Chatter {
     left: u32,

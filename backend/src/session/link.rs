@@ -1,10 +1,11 @@
 //! A session and the socket it is held over.
 
+use std::fmt;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use log::{debug, info, warn};
+use log::{Level, debug, log};
 
 use super::chatter::{Causes, Chatter};
 use super::{Crew, Epochs, Session, Step, Wait};
@@ -24,6 +25,25 @@ pub struct Link {
     connection: Option<Connection>,
     phase: Phase,
     chatter: Chatter,
+}
+
+/// What outlives a link: how far the workers are, and how much its front ends may still log.
+/// A front end that comes back again and again must not fill the log either.
+#[derive(Debug)]
+pub struct Remains {
+    epochs: Epochs,
+    chatter: Chatter,
+}
+
+impl Remains {
+    /// Before the first front end.
+    #[must_use]
+    pub fn new(workers: usize) -> Remains {
+        Remains {
+            epochs: Epochs::new(workers),
+            chatter: Chatter::new(Instant::now()),
+        }
+    }
 }
 
 /// What the owner of the event loop should watch the socket for.
@@ -55,14 +75,17 @@ enum Phase {
 impl Link {
     /// A new session over a connected socket.
     #[must_use]
-    pub fn new(connection: Connection, device: Arc<BlkDevice>, epochs: Epochs) -> Link {
-        Link {
+    pub fn new(connection: Connection, device: Arc<BlkDevice>, remains: Remains) -> Link {
+        let Remains { epochs, chatter } = remains;
+        let mut link = Link {
             name: device.name(),
             session: Session::new(device, epochs),
             connection: Some(connection),
             phase: Phase::Reading,
-            chatter: Chatter::new(Instant::now()),
-        }
+            chatter,
+        };
+        link.say(Level::Info, format_args!("a front end connected"));
+        link
     }
 
     /// The socket, while there is one.
@@ -107,9 +130,10 @@ impl Link {
     /// Takes a worker's report, and answers the message it was missing for.
     pub fn reported(&mut self, worker: usize, report: Report, crew: &dyn Crew) {
         if let Report::Broken(id) = report {
-            warn!(
-                "{}: vring {} is broken and no longer served",
-                self.name, id.index
+            let index = id.index;
+            self.say(
+                Level::Warn,
+                format_args!("vring {index} is broken and no longer served"),
             );
         }
         self.session.reported(worker, report, crew);
@@ -124,12 +148,20 @@ impl Link {
         }
     }
 
+    /// Another front end knocks while this one is served.
+    pub fn knocked(&mut self) {
+        self.say(
+            Level::Warn,
+            format_args!("another front end waits until this one has left"),
+        );
+    }
+
     /// Ends the session because its memory went away, if it did.
     pub fn check_memory(&mut self, crew: &dyn Crew) {
-        if self.session.poisoned() {
-            warn!(
-                "{}: the front end truncated guest memory, its session ends",
-                self.name
+        if self.session.poisoned() && !matches!(self.phase, Phase::Ending { .. }) {
+            self.say(
+                Level::Warn,
+                format_args!("guest memory was truncated, the session ends"),
             );
             self.end(StopMode::Abandon, crew);
         }
@@ -158,8 +190,12 @@ impl Link {
 
     /// What a link that is over leaves for the next one.
     #[must_use]
-    pub fn into_epochs(self) -> Epochs {
-        self.session.into_epochs()
+    pub fn into_remains(mut self) -> Remains {
+        self.say(Level::Info, format_args!("the front end's session is over"));
+        Remains {
+            epochs: self.session.into_epochs(),
+            chatter: self.chatter,
+        }
     }
 
     /// What the link waits for and for how long, if it waits.
@@ -222,14 +258,11 @@ impl Link {
     /// Says no, in the form the message has for it. One that has none leaves its sender waiting
     /// for a reply that cannot come, and only the end of the connection tells it so.
     fn refuse(&mut self, header: Header, why: &super::Refusal) -> Result<(), ConnectionError> {
-        if let Some(held_back) = self.chatter.line(Instant::now()) {
-            let name = &self.name;
-            warn!(
-                "{name}: {} is refused: {} ({held_back} lines left out)",
-                header.code,
-                Causes(why)
-            );
-        }
+        let causes = Causes(why);
+        self.say(
+            Level::Warn,
+            format_args!("{} is refused: {causes}", header.code),
+        );
         match header.code.answer() {
             Answer::Config => self.send(header, &Reply::ConfigError),
             Answer::Status => self.send(header, &Reply::NACK),
@@ -255,8 +288,9 @@ impl Link {
         if matches!(self.phase, Phase::Ending { .. }) {
             return;
         }
+        let causes = Causes(why);
         match why {
-            ConnectionError::HungUp => info!("{}: {why}", self.name),
+            ConnectionError::HungUp => self.say(Level::Info, format_args!("{causes}")),
             ConnectionError::Torn
             | ConnectionError::Stream(_)
             | ConnectionError::StrayDescriptors
@@ -264,9 +298,21 @@ impl Link {
             | ConnectionError::Stuck
             | ConnectionError::Unanswerable(_)
             | ConnectionError::Io(_) => {
-                warn!("{}: the connection is closed: {}", self.name, Causes(why));
+                self.say(
+                    Level::Warn,
+                    format_args!("the connection is closed: {causes}"),
+                );
             }
         }
         self.end(StopMode::Abandon, crew);
+    }
+
+    /// Logs a line about this front end, if it has not caused too many already.
+    fn say(&mut self, level: Level, line: fmt::Arguments<'_>) {
+        match self.chatter.line(Instant::now()) {
+            Some(0) => log!(level, "{}: {line}", self.name),
+            Some(held_back) => log!(level, "{}: {line} ({held_back} lines left out)", self.name),
+            None => {}
+        }
     }
 }

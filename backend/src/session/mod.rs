@@ -25,7 +25,7 @@ use iov_iter::MemoryTable;
 pub use chatter::Causes;
 pub use crew::Crew;
 pub use features::{Feature, OFFERED};
-pub use link::{Link, Wants};
+pub use link::{Link, Remains, Wants};
 pub use memory::Epochs;
 pub use refusal::Refusal;
 

@@ -20,7 +20,7 @@ use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use vublk::blk::{BlkDevice, BlkOptions};
 use vublk::proto::Connection;
-use vublk::session::{Crew, Epochs, Link, Wants};
+use vublk::session::{Crew, Link, Remains, Wants};
 use vublk::worker::{Command, DeviceId, Report, StopMode, TableEpoch, VringId};
 
 const WORKERS: usize = 2;
@@ -54,7 +54,7 @@ fuzz_target!(|data: &[u8]| {
         link: Link::new(
             Connection::new(theirs),
             DEVICE.clone(),
-            Epochs::new(WORKERS),
+            Remains::new(WORKERS),
         ),
         notes: Notes::default(),
         socket: ours,
