@@ -10,7 +10,7 @@ mount -t ext4 /dev/disk0 /mnt
 for directory in 0 1 2 3; do
     mkdir -p /mnt/$directory
     for file in 0 1 2 3 4 5 6 7; do
-        seq $((directory * 1000)) $((directory * 1000 + 20000 * (file + 1))) >/mnt/$directory/$file
+        seq $((directory * 1000)) $((directory * 1000 + 10000 * (file + 1))) >/mnt/$directory/$file
     done
 done
 rm -r /mnt/3

@@ -58,7 +58,9 @@ fn verify_shaped(
 
 /// One test for each pair of EVENT_IDX and indirect descriptors.
 macro_rules! ring_features {
-    ($queues:literal queues: $($name:ident(event_idx $event_idx:literal, indirect $indirect:literal);)*) => {
+    ($queues:literal queues:
+        $($name:ident(event_idx $event_idx:literal, indirect $indirect:literal);)*
+    ) => {
         $(
             #[test]
             fn $name() -> Result<(), GuestError> {

@@ -1,8 +1,8 @@
 //! fio inside a guest, on vublk and on qemu-storage-daemon in turn, as a table.
 //!
-//! Both daemons serve the same file to the same kind of guest, one after the other and several times
-//! over, so that what else happens on the machine meets both. The medians are compared. `ci/guest-fio.sh`
-//! prepares what this needs.
+//! Both daemons serve the same file to the same kind of guest, one after the other and several
+//! times over, so that what else happens on the machine meets both. The medians are compared.
+//! `ci/guest-fio.sh` prepares what this needs.
 
 use std::env;
 use std::error::Error;

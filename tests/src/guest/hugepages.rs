@@ -6,14 +6,13 @@ use std::path::Path;
 use super::{GuestError, images};
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
-const SURPLUS_LIMIT: &str = "/proc/sys/vm/nr_overcommit_hugepages";
 const PAGE_MIB: u32 = 2;
 
 /// Huge pages of 2 MiB that were added to the system's pool, taken out again on drop. One test at a
 /// time holds them, over all processes that use the same images.
 #[derive(Debug)]
 pub struct HugePages {
-    before: u32,
+    added: u32,
     /// Held until the pool has its old size again.
     _lock: File,
 }
@@ -30,20 +29,17 @@ impl HugePages {
             .and_then(|file| file.lock().map(|()| file))
             .map_err(GuestError::host(what))?;
         let before = read(POOL)?;
-        let this = Self {
-            before,
-            _lock: lock,
-        };
         let wanted = before + mib.div_ceil(PAGE_MIB);
         // Compaction first: pages in a row are what the kernel lacks on a machine that ran long.
         write("/proc/sys/vm/compact_memory", 1)?;
         write(POOL, wanted)?;
         let now = read(POOL)?;
+        let this = Self {
+            added: now.saturating_sub(before),
+            _lock: lock,
+        };
         if now < wanted {
-            let reason = format!(
-                "only {now} of {wanted} pages, and {} over",
-                read(SURPLUS_LIMIT)?
-            );
+            let reason = format!("the kernel found {now} of {wanted} pages");
             let what = format!("reserve {mib} MiB of huge pages");
             return Err(GuestError::Host {
                 what,
@@ -64,7 +60,9 @@ impl HugePages {
 
 impl Drop for HugePages {
     fn drop(&mut self) {
-        if let Err(error) = write(POOL, self.before) {
+        // Not the old size: others may have changed the pool meanwhile.
+        let result = read(POOL).and_then(|now| write(POOL, now.saturating_sub(self.added)));
+        if let Err(error) = result {
             eprintln!("the pool of huge pages keeps its size: {error}");
         }
     }

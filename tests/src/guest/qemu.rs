@@ -14,9 +14,9 @@ const AGENT_PORT: &str = "vublk.agent";
 const TOOLS_SLOT: u8 = 0x08;
 const FIRST_DISK_SLOT: u8 = 0x10;
 
-/// On a loaded host, TCG loses a virtual CPU's timer for good once in some dozens of boots when Linux
-/// switches it from periodic to one-shot, and interrupts of the check for the timer are late. So the
-/// timers stay periodic and the check is left out.
+/// On a loaded host, TCG loses a virtual CPU's timer for good once in some dozens of boots when
+/// Linux switches it from periodic to one-shot, and the interrupts that Linux checks the timer with
+/// come late. So the timers stay periodic and the check is left out.
 const KERNEL_OPTIONS: &str = "console=ttyS0 panic=-1 quiet no_timer_check nohz=off highres=off";
 
 /// A disk of the guest, served over vhost-user. What is not set is QEMU's default.
