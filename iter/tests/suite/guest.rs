@@ -176,3 +176,12 @@ pub(crate) fn seal_against_writing(file: &File) {
     let sealed = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) };
     assert_eq!(sealed, 0, "{}", io::Error::last_os_error());
 }
+
+/// Checks the ledger, in builds that keep one: this thread has `holds` out.
+#[cfg(debug_assertions)]
+pub(crate) fn assert_outstanding(holds: usize) {
+    assert_eq!(iov_iter::ledger::outstanding(), holds);
+}
+
+#[cfg(not(debug_assertions))]
+pub(crate) fn assert_outstanding(_holds: usize) {}
