@@ -1,6 +1,6 @@
 //! vhost-user on the wire: bytes and file descriptors to typed messages, and replies back to bytes.
 //!
-//! [`Header`], [`Message`] and [`Reply`] do no I/O; only [`Connection`] reads and writes the socket.
+//! [`Header`], [`Message`] and [`Reply`] do no I/O; only [`Connection`] touches the socket.
 //! Numbers are in the byte order of the machine (vhost-user, *Message Specification*).
 #![deny(
     clippy::as_conversions,
