@@ -4,6 +4,7 @@ pub mod blk;
 pub mod cli;
 pub mod control;
 pub mod fds;
+pub mod inflight;
 pub mod limits;
 pub mod proto;
 pub mod session;

@@ -19,6 +19,8 @@ use super::{Profile, Range, SERIAL_BYTES, WriteCache, ranges};
 use crate::limits::MAX_REQUEST_BYTES;
 use crate::vring::Used;
 
+/// Bytes of the status.
+const STATUS_BYTES: u32 = 1;
 /// Bytes of the header: type, reserved, sector.
 const HEADER_BYTES: usize = 16;
 
@@ -162,7 +164,8 @@ impl Request {
     ///
     /// `moved` is how many bytes of its memory were written already. All beyond them become zero,
     /// so that the whole chain can be reported as written: a driver may ignore what lies beyond the
-    /// used length, and the status is the last byte (virtio 2.7.8.2, 2.7.8.3).
+    /// used length, and the status is the last byte (virtio 2.7.8.2, 2.7.8.3). A chain beyond
+    /// [`MAX_REQUEST_BYTES`] is not worth that: it gets its status, and nothing is reported.
     pub fn finish(self, hold: Hold, moved: usize, status: Status) -> Used {
         let Request {
             head,
@@ -173,6 +176,10 @@ impl Request {
             owed,
         } = self;
         owed.settle();
+        if writable > MAX_REQUEST_BYTES + STATUS_BYTES {
+            slot.write(&hold, status.byte());
+            return Used { head, len: 0 };
+        }
         if dest.restore(payload).is_ok() {
             dest.advance(moved);
             let rest = dest.count();

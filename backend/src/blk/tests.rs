@@ -195,7 +195,28 @@ fn a_request_may_have_the_most_bytes_and_no_more() {
         Ok(Admitted::Read(_))
     ));
     let guest = Guest::new(&[&header(IN, 0)], &[MAX_REQUEST_BYTES, 512, 1]);
-    assert_eq!(guest.admit(&big, driver()).0, Err(Status::IoErr));
+    let (mut request, header, mut source, hold) = guest.parse().unwrap();
+    let len = request.dest().count();
+    let found = header.admit(&mut source, len, &hold, &big, driver(), &mut Vec::new());
+    assert_eq!(found, Err(Status::IoErr));
+    request.abandon(hold);
+}
+
+#[test]
+fn what_is_beyond_the_most_bytes_is_not_zeroed() {
+    let guest = Guest::new(&[&header(99, 0)], &[MAX_REQUEST_BYTES, 512, 1]);
+    let (request, _, _, hold) = guest.parse().unwrap();
+    assert_eq!(
+        request.finish(hold, 0, Status::Unsupp),
+        Used { head: 0, len: 0 }
+    );
+    let written = guest.written();
+    assert_eq!(written.last(), Some(&2));
+    assert!(
+        written[..written.len() - 1]
+            .iter()
+            .all(|byte| *byte == STALE)
+    );
 }
 
 #[test]

@@ -13,4 +13,4 @@ mod tests;
 
 pub use areas::{Addresses, Areas, VringError, check_size, resolve};
 pub use split::{AvailBroken, Split, Used};
-pub use state::{Draining, Fds, Started, Stopped};
+pub use state::{Draining, Fds, RingBroken, Started, Stopped};

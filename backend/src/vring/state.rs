@@ -6,10 +6,12 @@ use std::sync::Arc;
 use blockdev::{Ring, Watch};
 use iov_iter::{Area, MemoryTable};
 use log::warn;
+use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Addresses, AvailBroken, Split, Used, VringError, resolve};
 use crate::fds::borrow;
+use crate::inflight::{Inflight, TooMany};
 use crate::worker::{Enablement, StopMode, VringSetup};
 
 /// A vring that is not started. What it needs to start comes with the command that starts it.
@@ -37,13 +39,24 @@ pub struct Started {
     features: u64,
     enablement: Enablement,
     soundness: Soundness,
-    in_flight: u32,
+    inflight: Inflight,
     /// The eventfds.
     pub fds: Fds,
     /// The watch over the kick, while there is one.
     watch: Option<Watch>,
     /// Watches that were ended and of which the ring has not said yet that they are over.
     ending: u32,
+}
+
+/// What the driver did to a ring that cannot be answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum RingBroken {
+    /// The avail index is not to be believed.
+    #[error(transparent)]
+    Avail(#[from] AvailBroken),
+    /// More chains are in flight than there can be.
+    #[error(transparent)]
+    InFlight(#[from] TooMany),
 }
 
 /// Whether the ring's indices can still be believed.
@@ -94,7 +107,7 @@ impl Stopped {
             features,
             enablement,
             soundness: Soundness::Sound,
-            in_flight: 0,
+            inflight: Inflight::new(size),
             fds: Fds { kick, call, err },
             watch: None,
             ending: 0,
@@ -153,12 +166,12 @@ impl Started {
         Ok(())
     }
 
-    /// Takes the next chain; it counts as in flight until [`settle`](Self::settle).
+    /// Takes the next chain; it is in flight until [`settle`](Self::settle).
     ///
     /// # Errors
-    /// The avail index is not to be believed.
+    /// The driver offers what it cannot have.
     #[inline]
-    pub fn pop(&mut self) -> Result<Option<u16>, AvailBroken> {
+    pub fn pop(&mut self) -> Result<Option<u16>, RingBroken> {
         let head = match self.layout.pop() {
             Some(head) => head,
             None if self.layout.refresh()? == 0 => return Ok(None),
@@ -167,7 +180,7 @@ impl Started {
                 None => return Ok(None),
             },
         };
-        self.in_flight += 1;
+        self.inflight.enter()?;
         Ok(Some(head))
     }
 
@@ -190,8 +203,7 @@ impl Started {
     /// is the first since the last [`publish`](Self::publish).
     #[inline]
     pub fn settle(&mut self, used: Option<Used>) -> bool {
-        debug_assert!(self.in_flight > 0, "a chain came back that was never taken");
-        self.in_flight = self.in_flight.saturating_sub(1);
+        self.inflight.leave();
         match used {
             Some(used) if self.soundness != Soundness::Lost => {
                 self.layout.push_used(used);
@@ -210,8 +222,8 @@ impl Started {
 
     /// Chains taken and not yet settled.
     #[must_use]
-    pub fn in_flight(&self) -> u32 {
-        self.in_flight
+    pub fn in_flight(&self) -> u16 {
+        self.inflight.count()
     }
 
     /// The driver broke the virtio specification in a way that cannot be answered: the ring is
@@ -229,6 +241,12 @@ impl Started {
     #[must_use]
     pub fn is_sound(&self) -> bool {
         self.soundness == Soundness::Sound
+    }
+
+    /// Whether the memory table has no place for it any more.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.soundness == Soundness::Lost
     }
 
     fn fail(&mut self, soundness: Soundness) {
@@ -254,7 +272,7 @@ impl Draining {
     /// # Errors
     /// The vring itself, when it has to go on waiting.
     pub fn try_finish(self) -> Result<(Stopped, Fds), Draining> {
-        if self.vring.in_flight > 0 || self.vring.watch.is_some() || self.vring.ending > 0 {
+        if self.vring.in_flight() > 0 || self.vring.watch.is_some() || self.vring.ending > 0 {
             return Err(self);
         }
         let mut vring = self.vring;
@@ -292,9 +310,16 @@ impl Started {
         }
     }
 
-    /// The ring said that an ended watch is over.
+    /// The ring said that a watch is over. One that nobody ended leaves the vring without kicks, so
+    /// that it cannot go on.
     pub fn kick_unwatched(&mut self) {
-        self.ending = self.ending.saturating_sub(1);
+        match self.ending.checked_sub(1) {
+            Some(left) => self.ending = left,
+            None => {
+                self.watch = None;
+                self.break_down();
+            }
+        }
     }
 
     fn hand_over_kick(&mut self) {

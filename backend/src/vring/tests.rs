@@ -352,3 +352,15 @@ fn a_vring_goes_on_in_another_mapping() {
     assert!(!started.publish());
     assert_eq!(driver.used_index(&other), 1, "a lost ring is not written");
 }
+
+#[test]
+fn no_more_chains_are_in_flight_than_the_ring_has_descriptors() {
+    let (ram, driver) = ring(2);
+    let (setup, _, _) = setup(&driver, 0);
+    let mut started = Stopped::start(setup, &ram.table).unwrap();
+    offer(&ram, &driver, 0, &[0, 1]);
+    assert_eq!([started.pop(), started.pop()], [Ok(Some(0)), Ok(Some(1))]);
+    offer(&ram, &driver, 2, &[0]);
+    let broken = started.pop().unwrap_err();
+    assert!(matches!(broken, RingBroken::InFlight(_)), "{broken}");
+}

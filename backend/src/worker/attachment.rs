@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use blockdev::{Channel, Completion, Ring};
 use iov_iter::{MemoryTable, Pools, View};
-use log::{debug, error, warn};
+use log::debug;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::path::{Finish, Path};
@@ -16,7 +16,10 @@ use super::{Command, Report, StopMode, TableEpoch, VringId, VringSetup};
 use crate::blk::BlkDevice;
 use crate::fds::borrow;
 use crate::limits::{MAX_BOUNCE_BYTES, MAX_REQUEST_BYTES};
-use crate::vring::{Draining, Started, Stopped};
+use crate::vring::{Draining, RingBroken, Started, Stopped};
+
+/// Chains a vring may have started before other vrings, commands and completions get their turn.
+const CHAINS_PER_TURN: usize = 128;
 
 /// What a worker lends to its devices while it serves them.
 pub(super) struct Lent<'a> {
@@ -113,7 +116,7 @@ impl Attachment {
         }
     }
 
-    /// Pops and starts what the vrings have, each at most its ring's size at a time.
+    /// Pops and starts what the vrings have, each [`CHAINS_PER_TURN`] at the most.
     pub(super) fn serve(&mut self, lent: &mut Lent<'_>) {
         while let Some((local, used)) = self.path.retry_parked(lent) {
             if let (Some(used), Some(vring)) = (used, in_flight_vring(&mut self.vrings, local)) {
@@ -140,11 +143,10 @@ impl Attachment {
             return false;
         }
         vring.suppress_kicks();
-        let driver = self.path.driver(vring);
         let mut broken = None;
-        for _ in 0..vring.size() {
+        for _ in 0..CHAINS_PER_TURN {
             match vring.pop() {
-                Ok(Some(head)) => self.path.start(vring, local, head, driver, lent),
+                Ok(Some(head)) => self.path.start(vring, local, head, lent),
                 Ok(None) => break,
                 Err(error) => {
                     broken = Some(error);
@@ -157,16 +159,12 @@ impl Attachment {
         }
         let waiting = match broken {
             Some(error) => Err(error),
-            None if vring.is_sound() => vring.arm_kick(),
+            None if vring.is_sound() => vring.arm_kick().map_err(RingBroken::from),
             None => Ok(0),
         };
         if let Err(error) = waiting {
-            error!(
-                "{}: vring {} is not served any more: {error}",
-                self.path.device.name(),
-                id.index
-            );
             vring.break_down();
+            self.path.complain(id, &error);
         }
         if !vring.is_sound() {
             lent.reports.push(Report::Broken(id));
@@ -247,9 +245,15 @@ impl Attachment {
     }
 
     /// A vring's kick is not watched any more.
-    pub(super) fn unwatched(&mut self, local: usize) {
-        if let Some(vring) = in_flight_vring(&mut self.vrings, local) {
-            vring.kick_unwatched();
+    pub(super) fn unwatched(&mut self, local: usize, lent: &mut Lent<'_>) {
+        let id = self.id(local);
+        let Some(vring) = in_flight_vring(&mut self.vrings, local) else {
+            return;
+        };
+        let was_sound = vring.is_sound();
+        vring.kick_unwatched();
+        if was_sound && !vring.is_sound() {
+            lent.reports.push(Report::Broken(id));
         }
     }
 }
@@ -273,6 +277,7 @@ impl Attachment {
                 if let Some((_, vring)) = self.started(id) {
                     lent.outgoing
                         .extend(std::mem::replace(&mut vring.fds.call, call));
+                    call_once(vring, lent.ring);
                 }
             }
             Command::SetErr(id, err) => {
@@ -294,15 +299,16 @@ impl Attachment {
     fn set_table(&mut self, epoch: TableEpoch, table: Arc<MemoryTable>, lent: &mut Lent<'_>) {
         let device = self.path.device.id();
         for local in 0..self.vrings.len() {
+            let id = self.id(local);
             let Some(vring) = in_flight_vring(&mut self.vrings, local) else {
                 continue;
             };
+            if vring.is_lost() {
+                continue;
+            }
             if let Err(error) = vring.rebase(&table) {
-                let id = self.id(local);
-                warn!("{}: vring {}: {error}", self.path.device.name(), id.index);
-                if let Some(vring) = in_flight_vring(&mut self.vrings, local) {
-                    vring.lose();
-                }
+                vring.lose();
+                self.path.complain(id, &error);
                 lent.reports.push(Report::Broken(id));
             }
         }
@@ -322,26 +328,19 @@ impl Attachment {
                 .resize_with(local + 1, || Vring::Stopped(Stopped::default()));
         }
         if !matches!(self.vrings[local], Vring::Stopped(_)) {
-            error!(
-                "{}: vring {} is started already",
-                self.path.device.name(),
-                id.index
-            );
+            debug_assert!(false, "a vring is started twice");
             return;
         }
         match Stopped::start(setup, self.path.view.table()) {
             Ok(vring) => {
                 debug!("{}: vring {} starts", self.path.device.name(), id.index);
+                call_once(&vring, lent.ring);
                 self.vrings[local] = Vring::Started(vring);
                 self.watch_kick(local, lent);
                 self.make_ready(local);
             }
             Err(error) => {
-                warn!(
-                    "{}: vring {} cannot start: {error}",
-                    self.path.device.name(),
-                    id.index
-                );
+                self.path.complain(id, &error);
                 lent.reports.push(Report::Broken(id));
             }
         }
@@ -412,12 +411,8 @@ impl Attachment {
             return;
         };
         if let Err(error) = vring.watch_kick(lent.ring, token) {
-            error!(
-                "{}: the kick of vring {}: {error}",
-                self.path.device.name(),
-                id.index
-            );
             vring.break_down();
+            self.path.complain(id, &error);
             lent.reports.push(Report::Broken(id));
         }
     }
@@ -436,6 +431,14 @@ impl Attachment {
             device: self.path.device.id(),
             index: u16::try_from(index).unwrap_or(u16::MAX),
         }
+    }
+}
+
+/// Signals a call that has just been set: the driver may have been told of earlier used elements
+/// through one that nobody listened to, and would never ask again.
+fn call_once(vring: &Started, ring: &mut Ring) {
+    if let Some(call) = &vring.fds.call {
+        ring.notify(borrow(call));
     }
 }
 

@@ -1,18 +1,19 @@
 //! A request's way from its head to its op, and from its completion to its used element.
 
 use std::collections::VecDeque;
+use std::error::Error;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use blockdev::{Channel, Completion, Durability, IoError, Op, Tag};
 use iov_iter::{BrokenChain, Chain, ChainFault, ChainLimits, ExtractErrorKind};
 use iov_iter::{Hold, IovIter, Source, View};
-use log::warn;
+use log::{error, warn};
 
-use super::StopMode;
 use super::attachment::Lent;
 use super::log_gate::LogGate;
 use super::slots::{InFlight, Job};
+use super::{StopMode, VringId};
 use crate::blk::{
     Admitted, BlkDevice, Counters, Driver, Kind, Profile, Range, RangeOp, Request, Status,
 };
@@ -48,6 +49,7 @@ pub(super) struct Path {
     place: usize,
     ranges: Vec<Range>,
     broken_chains: LogGate,
+    broken_vrings: LogGate,
     failures: LogGate,
 }
 
@@ -77,12 +79,13 @@ impl Path {
             place,
             ranges: Vec::new(),
             broken_chains: LogGate::default(),
+            broken_vrings: LogGate::default(),
             failures: LogGate::default(),
         }
     }
 
     /// What the driver of a vring negotiated.
-    pub(super) fn driver(&self, vring: &Started) -> Driver {
+    fn driver(&self, vring: &Started) -> Driver {
         let features = vring.features();
         Driver {
             features,
@@ -96,10 +99,10 @@ impl Path {
         vring: &mut Started,
         local: usize,
         head: u16,
-        driver: Driver,
         lent: &mut Lent<'_>,
     ) {
         self.counters.reffed.add(1);
+        let driver = self.driver(vring);
         let used = match Chain::walk(&self.view, vring.descriptors(), vring.size(), head, &LIMITS) {
             Ok(chain) => match self.admit(local, chain, driver, lent) {
                 Step::Underway => return,
@@ -114,6 +117,14 @@ impl Path {
     pub(super) fn settle(&mut self, vring: &mut Started, local: usize, used: Option<Used>) {
         if vring.settle(used) {
             self.touched.push(local);
+        }
+    }
+
+    /// Says why a vring is not served any more, now and then.
+    pub(super) fn complain(&mut self, id: VringId, error: &dyn Error) {
+        if let Some(held_back) = self.broken_vrings.open() {
+            let (name, index) = (self.device.name(), id.index);
+            error!("{name}: vring {index} is not served any more: {error} ({held_back} more)");
         }
     }
 
@@ -159,7 +170,14 @@ impl Path {
         let dest_len = request.dest().count();
         let (profile, ranges) = (&self.profile, &mut self.ranges);
         match header.admit(&mut source, dest_len, &hold, profile, driver, ranges) {
-            Ok(admitted) => self.launch(local, request, source, admitted, hold, lent),
+            Ok(admitted) => {
+                let waiting = self.parked.len();
+                let step = self.launch(local, request, source, admitted, hold, lent);
+                self.counters
+                    .parked
+                    .add((self.parked.len() - waiting) as u64);
+                step
+            }
             Err(status) => Step::Ended(self.end(request, hold, 0, status)),
         }
     }
@@ -215,7 +233,6 @@ impl Path {
             Err(error) => match error.kind {
                 // Buffers come back with the requests that have them; with none out, none will.
                 ExtractErrorKind::NoBounce { .. } if lent.slots.in_flight() > 0 => {
-                    self.counters.parked.add(1);
                     let hold = error.hold;
                     self.parked.push_back(Parked {
                         vring: local,

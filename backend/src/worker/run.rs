@@ -29,9 +29,10 @@ pub(super) struct Wire {
 pub(super) struct Worker {
     share: Share,
     wire: Wire,
+    /// Before the ring, which outlives every channel.
+    attachments: Vec<Attachment>,
     ring: Ring,
     slots: Slots,
-    attachments: Vec<Attachment>,
     outgoing: Vec<EventFd>,
     reports: Vec<Report>,
     life: Life,
@@ -87,6 +88,8 @@ impl Worker {
     pub(super) fn run(mut self) {
         while self.life == Life::Serving || !self.is_done() {
             self.serve();
+            // What was refused or answered at once is published with this batch.
+            self.publish();
             let wait = if self.has_work() {
                 Wait::No
             } else {
@@ -94,19 +97,21 @@ impl Worker {
             };
             if let Err(error) = self.ring.submit(wait) {
                 self.storage_is_gone(&error);
-                return;
             }
             self.outgoing.clear();
+            // After the submit: a stop is not reported before the last call of its vring is made.
+            self.report();
             while let Some(event) = self.ring.reap() {
                 self.route(event);
             }
             self.publish();
-            self.report();
         }
     }
 
     fn has_work(&self) -> bool {
-        self.attachments.iter().any(Attachment::has_work)
+        !self.reports.is_empty()
+            || !self.outgoing.is_empty()
+            || self.attachments.iter().any(Attachment::has_work)
             || (self.life == Life::Leaving && self.is_done())
     }
 
@@ -157,10 +162,11 @@ impl Worker {
                 None => {}
             },
             Event::Unwatched(word) => {
-                if let Some(Token::Kick { device, vring }) = Token::unpack(word)
-                    && let Some(attachment) = self.attachments.get_mut(device)
-                {
-                    attachment.unwatched(vring);
+                if let Some(Token::Kick { device, vring }) = Token::unpack(word) {
+                    let (attachments, mut lent) = self.lend();
+                    if let Some(attachment) = attachments.get_mut(device) {
+                        attachment.unwatched(vring, &mut lent);
+                    }
                 }
             }
         }
@@ -202,7 +208,7 @@ impl Worker {
     }
 
     /// The ring itself failed: nothing that is in flight can come back any more.
-    fn storage_is_gone(&self, error: &io::Error) {
+    fn storage_is_gone(&self, error: &io::Error) -> ! {
         error!(
             "worker {}: its ring failed and it cannot go on: {error}",
             self.share.worker
