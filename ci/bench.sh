@@ -10,11 +10,15 @@ cd "$root"
 if [ "$(id -u)" = 0 ]; then
     install_qemu
     install_packages fio
-    # Whatever else runs on this machine waits for the measurement.
-    priority=(nice -n -20)
+fi
+
+# Whatever else runs on this machine waits for the measurement. Niceness does not do: the kernel
+# shares CPUs between sessions first.
+priority=()
+if chrt --rr 1 true 2>/dev/null; then
+    priority=(chrt --rr 1)
 else
-    echo "not root: what is not installed is left out, and other programs get their share" >&2
-    priority=()
+    echo "no real-time priority: other programs get their share of the CPUs" >&2
 fi
 
 cargo build --release -p vublk -p vublk-tests --bin vublk --bin bench
