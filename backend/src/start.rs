@@ -10,6 +10,7 @@ use std::thread::available_parallelism;
 
 use blockdev::{Access, BlockDevice, Direct, Engine, FileOptions, OpenError, Ring};
 use log::{info, warn};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use thiserror::Error;
 
 use crate::blk::{BlkDevice, BlkOptions, BlkOptionsError};
@@ -67,6 +68,7 @@ impl Start {
     pub fn new(args: &Args) -> Result<Start, StartError> {
         // Before anything is opened that could get the number of an inherited socket.
         let inherited = args.fd.map(inherit).transpose()?;
+        raise_descriptor_limit();
         // Threads inherit what is blocked, so this comes before the first of them.
         let signals = Signals::block().map_err(StartError::Signals)?;
         let storage = storage(args)?;
@@ -141,6 +143,22 @@ fn engine(name: Option<EngineName>) -> Engine {
                 Engine::Threads
             }
         },
+    }
+}
+
+/// Allows as many open files as the host does: every vring has three eventfds and every region of
+/// guest memory a file, which is more than the usual soft limit of 1024.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        warn!(
+            "the limit of open files cannot be raised, it stays {:?}: {error}",
+            limit.current
+        );
     }
 }
 

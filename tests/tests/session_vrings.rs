@@ -9,7 +9,7 @@ use blockdev::open;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vublk::fds::borrow;
 use vublk_tests::frontend::{
-    CALL, FrontEnd, Kind, NO_FD, Options, Outcome, ServeOptions, Served, code, words,
+    CALL, FrontEnd, Kind, NO_FD, Options, Outcome, ServeOptions, Served, code, wait_readable, words,
 };
 
 /// A daemon over storage that can be made to keep requests.
@@ -46,6 +46,8 @@ fn a_vring_without_a_kick_is_polled() -> Outcome {
 fn a_vring_without_a_call_is_polled_by_the_driver() -> Outcome {
     let served = Served::start()?;
     let mut front_end = FrontEnd::start(served.connect()?, Options::default())?;
+    // A call is signalled once when its vring starts.
+    wait_readable(&front_end.vring(0)?.call)?;
     front_end
         .peer
         .confirm(code::SET_VRING_CALL, &NO_FD.to_ne_bytes(), &[])?;
@@ -60,6 +62,27 @@ fn a_vring_without_a_call_is_polled_by_the_driver() -> Outcome {
     assert_eq!(used, (u32::from(head), 1));
     let silent = vring.call.read().map_err(|error| error.kind());
     assert_eq!(silent, Err(io::ErrorKind::WouldBlock));
+    served.stop()
+}
+
+#[test]
+fn a_call_that_is_set_late_is_signalled() -> Outcome {
+    let served = Served::start()?;
+    let mut front_end = FrontEnd::start(served.connect()?, Options::default())?;
+    wait_readable(&front_end.vring(0)?.call)?;
+    front_end
+        .peer
+        .confirm(code::SET_VRING_CALL, &NO_FD.to_ne_bytes(), &[])?;
+    front_end.submit(0, 0, (Kind::Out, 1), &[9; 512])?;
+    while front_end.vring(0)?.ring.take_used()?.is_none() {
+        std::thread::yield_now();
+    }
+    // The driver was owed a call that could not be made.
+    let call = EventFd::new(EFD_NONBLOCK)?;
+    front_end
+        .peer
+        .confirm(code::SET_VRING_CALL, &0_u64.to_ne_bytes(), &[borrow(&call)])?;
+    wait_readable(&call)?;
     served.stop()
 }
 

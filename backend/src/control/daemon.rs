@@ -133,7 +133,9 @@ impl Daemon {
         let Daemon { ports, workers, .. } = self;
         for (worker, report) in workers.reports() {
             let device = match report {
-                Report::Adopted(device, _) | Report::Released(device, _) => device,
+                Report::Adopted(device, _)
+                | Report::Released(device, _)
+                | Report::Fenced(device, _) => device,
                 Report::Stopped { id, .. } | Report::Broken(id) => id.device,
             };
             for (place, port) in (0..).zip(ports.iter_mut()) {
@@ -161,14 +163,17 @@ impl Daemon {
             .and_then(|index| ports.get_mut(index));
         let Some(port) = port else { return };
         match side {
-            Side::Door => port.knocked(place, ops),
+            Side::Door => port.knocked(place, &*workers, ops),
             Side::Link => port.ready(place, event.event_set(), &*workers, ops),
         }
     }
 
     fn tick(&mut self) {
-        if let Err(error) = self.timer.wait() {
-            error!("the timer failed: {error}");
+        // Setting the timer takes what it has to say back; reading it could wait, since whatever it
+        // went off for may be over by now.
+        self.ticking = Ticking::Still;
+        if let Err(error) = self.timer.clear() {
+            error!("the timer cannot be cleared: {error}");
         }
         for port in &self.ports {
             if let Some((since, what)) = port.waits_for()
@@ -189,7 +194,7 @@ impl Daemon {
         let set = match (waiting, self.ticking) {
             (true, Ticking::Still) => {
                 self.ticking = Ticking::Running;
-                self.timer.reset(WAIT_LOG_PERIOD, Some(WAIT_LOG_PERIOD))
+                self.timer.reset(WAIT_LOG_PERIOD, None)
             }
             (false, Ticking::Running) => {
                 self.ticking = Ticking::Still;

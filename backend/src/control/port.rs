@@ -23,6 +23,8 @@ pub(super) struct Port {
     remains: Option<Remains>,
     /// What of the link's socket is watched now.
     watched: Watched,
+    /// The last front end that knocked could not be accepted.
+    refused: bool,
 }
 
 /// Where the next front end comes from.
@@ -65,6 +67,7 @@ impl Port {
                 fd: None,
                 wants: Wants::Nothing,
             },
+            refused: false,
         })
     }
 
@@ -98,7 +101,7 @@ impl Port {
     }
 
     /// A front end knocks. One is served at a time; the others wait in the listener's backlog.
-    pub(super) fn knocked(&mut self, place: u32, ops: &mut EventOps<'_>) {
+    pub(super) fn knocked(&mut self, place: u32, crew: &dyn Crew, ops: &mut EventOps<'_>) {
         let Door::Open(Socket::Listening(listener, _)) = &self.door else {
             return;
         };
@@ -112,16 +115,19 @@ impl Port {
             }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
             Err(error) => {
-                error!(
-                    "{}: a front end cannot be accepted: {error}",
-                    self.device.name()
-                );
+                let name = self.device.name();
+                error!("{name}: a front end cannot be accepted until another knocks: {error}");
+                // Level-triggered it would be tried, and said, without end.
+                if !std::mem::replace(&mut self.refused, true) {
+                    self.watch_door(place, EDGES, ops);
+                }
                 return;
             }
         }
+        self.refused = false;
         // While this one is served a knock is only logged. Edge-triggered, it is seen once.
-        self.watch_door(place, EventSet::IN | EventSet::EDGE_TRIGGERED, ops);
-        self.refresh(place, ops);
+        self.watch_door(place, EDGES, ops);
+        self.refresh(place, crew, ops);
     }
 
     /// The front end's socket has something.
@@ -139,7 +145,7 @@ impl Port {
             Wants::HangUp if set.intersects(GONE) => link.hung_up(crew),
             Wants::HangUp | Wants::Nothing => {}
         }
-        self.refresh(place, ops);
+        self.refresh(place, crew, ops);
     }
 
     /// A worker reported.
@@ -152,7 +158,7 @@ impl Port {
     ) {
         if let Some(link) = &mut self.link {
             link.reported(worker, report, crew);
-            self.refresh(place, ops);
+            self.refresh(place, crew, ops);
         }
     }
 
@@ -160,7 +166,7 @@ impl Port {
     pub(super) fn check_memory(&mut self, place: u32, crew: &dyn Crew, ops: &mut EventOps<'_>) {
         if let Some(link) = &mut self.link {
             link.check_memory(crew);
-            self.refresh(place, ops);
+            self.refresh(place, crew, ops);
         }
     }
 
@@ -172,7 +178,7 @@ impl Port {
         self.door = Door::Shut;
         if let Some(link) = &mut self.link {
             link.end(StopMode::Drain, crew);
-            self.refresh(place, ops);
+            self.refresh(place, crew, ops);
         }
     }
 
@@ -189,12 +195,19 @@ impl Port {
     }
 
     /// Watches what the link wants now, and lets go of a link that is over.
-    fn refresh(&mut self, place: u32, ops: &mut EventOps<'_>) {
+    fn refresh(&mut self, place: u32, crew: &dyn Crew, ops: &mut EventOps<'_>) {
         if let Err(error) = self.watch_link(place, ops) {
-            error!(
-                "{}: the front end's socket cannot be watched: {error}",
-                self.device.name()
-            );
+            let name = self.device.name();
+            error!("{name}: the front end's socket cannot be watched: {error}");
+            // Nothing more would be heard of it, so it ends here.
+            if let Some(link) = &mut self.link {
+                link.end(StopMode::Abandon, crew);
+                link.close();
+            }
+            self.watched = Watched {
+                fd: None,
+                wants: Wants::Nothing,
+            };
         }
         let Some(link) = self.link.take_if(|link| link.is_over()) else {
             return;
@@ -263,6 +276,9 @@ impl Port {
         remove(fd, &self.device, ops);
     }
 }
+
+/// A knock is seen once, whether it is answered or not.
+const EDGES: EventSet = EventSet::IN.union(EventSet::EDGE_TRIGGERED);
 
 /// What says that a front end left.
 const GONE: EventSet = EventSet::READ_HANG_UP

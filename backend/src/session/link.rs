@@ -69,7 +69,7 @@ enum Phase {
         since: Instant,
     },
     /// The session has ended; its requests come back.
-    Ending { since: Instant },
+    Ending { since: Instant, mode: StopMode },
 }
 
 impl Link {
@@ -100,6 +100,12 @@ impl Link {
         match self.phase {
             Phase::Reading => Wants::Messages,
             Phase::Pending { .. } => Wants::HangUp,
+            // What is drained is still published and called for: a front end that took the end of
+            // the connection for the end of that would do the same requests again.
+            Phase::Ending {
+                mode: StopMode::Drain,
+                ..
+            } if !self.session.all_stopped() => Wants::HangUp,
             Phase::Ending { .. } => Wants::Nothing,
         }
     }
@@ -125,6 +131,7 @@ impl Link {
     /// The front end has left, whatever it was waiting for.
     pub fn hung_up(&mut self, crew: &dyn Crew) {
         self.over(&ConnectionError::HungUp, crew);
+        self.end(StopMode::Abandon, crew);
     }
 
     /// Takes a worker's report, and answers the message it was missing for.
@@ -170,11 +177,18 @@ impl Link {
     /// Ends the session.
     pub fn end(&mut self, mode: StopMode, crew: &dyn Crew) {
         self.session.end(mode, crew);
-        if !matches!(self.phase, Phase::Ending { .. }) {
-            self.phase = Phase::Ending {
+        self.phase = match self.phase {
+            // A drain may become an abandonment, and not the other way round.
+            Phase::Ending {
+                since,
+                mode: StopMode::Drain,
+            } => Phase::Ending { since, mode },
+            Phase::Ending { .. } => return,
+            Phase::Reading | Phase::Pending { .. } => Phase::Ending {
                 since: Instant::now(),
-            };
-        }
+                mode,
+            },
+        };
     }
 
     /// Closes the socket. Whoever watches it has to stop before.
@@ -211,7 +225,7 @@ impl Link {
                 let text = format!("{} waits for {}", header.code, self.session.missing(wait));
                 Some((since.elapsed(), text))
             }
-            Phase::Ending { since } => {
+            Phase::Ending { since, .. } => {
                 let text = format!("the end waits for {}", self.session.leftovers());
                 Some((since.elapsed(), text))
             }

@@ -16,6 +16,8 @@ pub struct Epochs {
     latest: TableEpoch,
     adopted: Vec<TableEpoch>,
     released: Vec<TableEpoch>,
+    latest_fence: u64,
+    fenced: Vec<u64>,
 }
 
 impl Epochs {
@@ -27,6 +29,8 @@ impl Epochs {
             latest: TableEpoch::default(),
             adopted: none.clone(),
             released: none,
+            latest_fence: 0,
+            fenced: vec![0; workers],
         }
     }
 
@@ -41,6 +45,11 @@ impl Epochs {
         self.released.iter().enumerate().filter_map(late).collect()
     }
 
+    /// Whether every worker has come to this fence.
+    pub(super) fn all_fenced(&self, fence: u64) -> bool {
+        self.fenced.iter().all(|&fenced| fenced >= fence)
+    }
+
     fn next(&mut self) -> TableEpoch {
         self.latest = TableEpoch(self.latest.0.saturating_add(1));
         self.latest
@@ -50,6 +59,12 @@ impl Epochs {
         let (list, epoch) = match report {
             Report::Adopted(_, epoch) => (&mut self.adopted, epoch),
             Report::Released(_, epoch) => (&mut self.released, epoch),
+            Report::Fenced(_, fence) => {
+                if let Some(known) = self.fenced.get_mut(worker) {
+                    *known = fence.max(*known);
+                }
+                return;
+            }
             Report::Stopped { .. } | Report::Broken(_) => return,
         };
         if let Some(known) = list.get_mut(worker) {
@@ -96,6 +111,20 @@ impl Session {
             self.table
                 .without_region(region.guest_addr, region.size, region.front_end_addr)?;
         Ok(Step::Wait(Wait::Released(self.send_table(table, crew))))
+    }
+
+    /// Waits until everything that was sent to the workers so far is in force: an acknowledgement
+    /// before that would not be true. While every vring is stopped there is nothing to wait for.
+    pub(super) fn fence(&mut self, crew: &dyn Crew) -> Step {
+        if self.all_stopped() {
+            return Step::DONE;
+        }
+        self.epochs.latest_fence = self.epochs.latest_fence.saturating_add(1);
+        let fence = self.epochs.latest_fence;
+        for worker in 0..crew.count() {
+            crew.send(worker, Command::Fence(self.device.id(), fence));
+        }
+        Step::Wait(Wait::Fenced(fence))
     }
 
     /// Gives every worker a table, and says which number it got.

@@ -57,6 +57,8 @@ pub enum Wait {
     Adopted(TableEpoch),
     /// No worker has a request on a table before this one.
     Released(TableEpoch),
+    /// Every worker did what it was told before this fence.
+    Fenced(u64),
     /// This vring has stopped.
     Stopped(u16),
     /// Every vring has stopped, so that the device can be reset.
@@ -166,6 +168,7 @@ impl Session {
         match wait {
             Wait::Adopted(epoch) => self.epochs.all_adopted(epoch).then_some(None),
             Wait::Released(epoch) => self.epochs.holders(epoch).is_empty().then_some(None),
+            Wait::Fenced(fence) => self.epochs.all_fenced(fence).then_some(None),
             Wait::Stopped(index) => {
                 let vring = self.vrings.get(usize::from(index))?;
                 let base = vring.next_avail();
@@ -265,6 +268,7 @@ impl fmt::Display for Missing<'_> {
                     "requests of workers {workers:?} that use earlier guest memory"
                 )
             }
+            Some(Wait::Fenced(_)) => f.write_str("workers that have not obeyed yet"),
             Some(Wait::Adopted(_)) => f.write_str("workers that have not taken the new memory"),
             Some(Wait::Stopped(_) | Wait::Reset) | None => {
                 let all = session.vrings.iter().enumerate();

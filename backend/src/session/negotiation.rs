@@ -32,7 +32,7 @@ impl Session {
         if acked & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
             self.enable_all(Enablement::Enabled, crew);
         }
-        Ok(Step::DONE)
+        Ok(self.fence(crew))
     }
 
     /// SET_PROTOCOL_FEATURES.

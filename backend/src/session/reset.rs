@@ -9,7 +9,7 @@ impl Session {
     /// the specification allows beside doing nothing.
     pub(super) fn reset_owner(&mut self, crew: &dyn Crew) -> Step {
         self.enable_all(Enablement::Disabled, crew);
-        Step::DONE
+        self.fence(crew)
     }
 
     /// RESET_DEVICE: every vring stops as GET_VRING_BASE would stop it, and then the device is as

@@ -39,6 +39,13 @@ impl Notes {
     fn take(&self) -> Vec<(usize, Command)> {
         self.0.take()
     }
+
+    /// What they were told, the fences left out.
+    fn take_but_fences(&self) -> Vec<(usize, Command)> {
+        let mut told = self.take();
+        told.retain(|(_, command)| !matches!(command, Command::Fence(..)));
+        told
+    }
 }
 
 fn session() -> (Session, Notes) {
@@ -462,7 +469,7 @@ fn enabling_reaches_the_worker_of_a_started_vring_only() {
     assert!(crew.take().is_empty());
     session.send(kick(1), &crew).unwrap();
     session.send(enable(0), &crew).unwrap();
-    let told = crew.take();
+    let told = crew.take_but_fences();
     let [(1, Command::Start(_, setup)), (1, Command::Enable(_, now))] = &told[..] else {
         panic!("{told:?}");
     };
@@ -482,9 +489,32 @@ fn enabling_reaches_the_worker_of_a_started_vring_only() {
     crew.take();
     session.send(Message::ResetOwner, &crew).unwrap();
     assert!(matches!(
-        &crew.take()[..],
+        &crew.take_but_fences()[..],
         [(1, Command::Enable(_, Enablement::Disabled))]
     ));
+}
+
+#[test]
+fn a_disabled_vring_is_acknowledged_when_its_worker_obeyed() {
+    let (mut session, crew) = ready();
+    session.send(kick(1), &crew).unwrap();
+    let step = session
+        .send(
+            Message::SetVringEnable {
+                index: 1,
+                enable: 0,
+            },
+            &crew,
+        )
+        .unwrap();
+    let Step::Wait(wait @ Wait::Fenced(fence)) = step else {
+        panic!("{step:?}")
+    };
+    for worker in 0..2 {
+        assert!(!session.settled(wait), "worker {worker} has not answered");
+        session.reported(worker, Report::Fenced(DEVICE, fence), &crew);
+    }
+    assert!(session.settled(wait));
 }
 
 #[test]

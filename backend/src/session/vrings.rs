@@ -194,7 +194,7 @@ impl Session {
             }
         };
         self.enable(id, enablement, crew);
-        Ok(Step::DONE)
+        Ok(self.fence(crew))
     }
 
     /// Enables or disables every vring.

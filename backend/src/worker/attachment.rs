@@ -292,6 +292,7 @@ impl Attachment {
                     }
                 }
             }
+            Command::Fence(device, number) => lent.reports.push(Report::Fenced(device, number)),
             Command::Quit => {}
         }
     }

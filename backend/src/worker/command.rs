@@ -96,6 +96,8 @@ pub enum Command {
     SetErr(VringId, Option<EventFd>),
     /// The features the driver acknowledged changed (SET_FEATURES on running vrings).
     SetFeatures(DeviceId, u64),
+    /// Answered by [`Report::Fenced`] with the same number: everything sent before it is in force.
+    Fence(DeviceId, u64),
     /// Leave, once every request came back. The answer is the end of the thread.
     Quit,
 }
@@ -105,7 +107,9 @@ impl Command {
     #[must_use]
     pub fn device(&self) -> DeviceId {
         match self {
-            Command::SetTable { device, .. } | Command::SetFeatures(device, _) => *device,
+            Command::SetTable { device, .. }
+            | Command::SetFeatures(device, _)
+            | Command::Fence(device, _) => *device,
             Command::Start(id, _)
             | Command::Stop(id, _)
             | Command::Enable(id, _)
@@ -124,6 +128,8 @@ pub enum Report {
     Adopted(DeviceId, TableEpoch),
     /// No request uses a table older than this number.
     Released(DeviceId, TableEpoch),
+    /// What was sent before the fence with this number is in force.
+    Fenced(DeviceId, u64),
     /// The vring is stopped; the index is what GET_VRING_BASE answers.
     Stopped {
         /// The vring.
