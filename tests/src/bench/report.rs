@@ -62,6 +62,7 @@ impl Report {
     #[must_use]
     pub fn json(&self) -> Value {
         let cell = |cell: &Cell| {
+            let samples: Vec<_> = cell.samples.iter().map(|sample| sample.nanos).collect();
             json!({
                 "contender": cell.contender.name(),
                 "waiting": cell.waiting.name(),
@@ -69,7 +70,7 @@ impl Report {
                 "ns": cell.spread(|sample| sample.nanos).json(),
                 "cpu_ns": cell.spread(|sample| sample.cpu).json(),
                 "sleeps": cell.spread(|sample| sample.sleeps).json(),
-                "samples_ns": cell.samples.iter().map(|sample| sample.nanos).collect::<Vec<_>>(),
+                "samples_ns": samples,
             })
         };
         let idle = |idle: &Idle| {
@@ -79,7 +80,10 @@ impl Report {
                 "peak_memory": idle.peak_memory,
             })
         };
-        let missing = |(contender, program): &(Contender, &str)| json!({ "contender": contender.name(), "program": program });
+        let missing = |(contender, program): &(Contender, &str)| {
+            let name = contender.name();
+            json!({ "contender": name, "program": program })
+        };
         json!({
             "block_size": self.options.block_size,
             "operation": self.options.operation.name(),
