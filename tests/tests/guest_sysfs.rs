@@ -95,7 +95,7 @@ fn guest_reads_the_serial_through_every_queue() -> Result<(), GuestError> {
         .cpus(4)
         .disk(Disk::of(&daemon))
         .boot(&scratch)?;
-    let expected = vec![daemon.serial().unwrap(); 10].join("\n");
+    let expected = [daemon.serial().unwrap(); 10].join("\n");
     for cpu in [3, 0, 2, 1] {
         let read = guest.shell(&format!(
             "for n in 1 2 3 4 5 6 7 8 9 10; do
