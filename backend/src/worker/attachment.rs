@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use blockdev::{Channel, Completion, Ring};
-use iov_iter::{MemoryTable, Pools, View};
+use iov_iter::{MemoryTable, Pools, View, sigbus};
 use log::debug;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -62,6 +62,8 @@ pub(super) struct Attachment {
     retired: VecDeque<Rc<View>>,
     /// Whether the control thread waits for them.
     release_owed: bool,
+    /// Contained faults up to which the memory is known to be all there.
+    faults: usize,
 }
 
 impl Attachment {
@@ -84,6 +86,7 @@ impl Attachment {
             epoch: TableEpoch::default(),
             retired: VecDeque::new(),
             release_owed: false,
+            faults: 0,
         }
     }
 
@@ -155,6 +158,15 @@ impl Attachment {
             }
             if !self.path.parked.is_empty() || !vring.is_sound() {
                 break;
+            }
+            // A front end that took its memory away is about to lose its session. Going on would
+            // read zeroes where the memory was, and map a page for every one that is touched.
+            let faults = sigbus::faults();
+            if faults != self.faults {
+                if self.path.view.table().poisoned() {
+                    return false;
+                }
+                self.faults = faults;
             }
         }
         let waiting = match broken {

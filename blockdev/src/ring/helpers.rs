@@ -91,6 +91,9 @@ impl Helpers {
         if self.outstanding > self.peak {
             self.grow();
         }
+        if self.threads.len() < self.outstanding.min(MAX_THREADS) {
+            self.start_thread();
+        }
         lock(&self.shared.queue).jobs.push_back(job);
         if self.threads.is_empty() {
             // Slow is better than stuck: without any thread the work is done here.
@@ -116,8 +119,7 @@ impl Helpers {
         self.shared.answered.load(Ordering::Acquire)
     }
 
-    /// More jobs are out than ever: makes room for them all, so that no list grows later, and
-    /// starts one thread for each as long as they are few.
+    /// More jobs are out than ever: makes room for them all, so that no list grows later.
     fn grow(&mut self) {
         self.peak = self.outstanding;
         let mut queue = lock(&self.shared.queue);
@@ -127,10 +129,6 @@ impl Helpers {
         let mut answers = lock(&self.shared.answers);
         let more = self.peak.saturating_sub(answers.len());
         answers.reserve(more);
-        drop(answers);
-        if self.threads.len() < self.peak.min(MAX_THREADS) {
-            self.start_thread();
-        }
     }
 
     fn start_thread(&mut self) {

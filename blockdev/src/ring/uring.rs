@@ -164,7 +164,8 @@ impl Uring {
             let queued = queue.len();
             let kernel_asks = queue.taskrun() || queue.cq_overflow();
             drop(queue);
-            let want = usize::from(wait && !ready);
+            // What is still in the backlog may be what a completion has to come from.
+            let want = usize::from(wait && !ready && self.backlog.is_empty());
             if queued == 0 && want == 0 && !kernel_asks {
                 return Ok(());
             }
@@ -175,11 +176,14 @@ impl Uring {
                     // Nothing was queued then: a signal ended the wait.
                     Some(libc::EINTR) => return Ok(()),
                     // The completion queue overflowed, or the kernel is out of memory.
-                    Some(libc::EBUSY | libc::EAGAIN) if refusals < MAX_REFUSALS => {
+                    Some(libc::EBUSY | libc::EAGAIN) => {
                         self.spill();
-                        refusals += 1;
+                        refusals = refusals.saturating_add(1);
                         if refusals > 16 {
                             std::thread::sleep(Duration::from_micros(100));
+                        }
+                        if refusals == PATIENCE {
+                            log::error!("the kernel takes no I/O, and is asked again: {error}");
                         }
                     }
                     _ => return Err(error),
@@ -398,8 +402,8 @@ const CQ_ENTRIES: u32 = 4096;
 /// The kernel's table of registered files.
 const FIXED_FILES: u32 = 64;
 
-/// Refusals of a submit in a row (about a second) before the ring is given up.
-const MAX_REFUSALS: u32 = 10_000;
+/// Refusals of a submit in a row (about a second) after which the log says so.
+const PATIENCE: u32 = 10_000;
 
 #[cfg(test)]
 mod tests {

@@ -188,6 +188,9 @@ struct Writer {
     vacant: Vec<usize>,
 }
 
+/// Faults contained so far.
+static FAULTS: AtomicUsize = AtomicUsize::new(0);
+
 static TABLE: [Entry; MAX_GUARDED] = [const { Entry::vacant() }; MAX_GUARDED];
 static USED: AtomicUsize = AtomicUsize::new(0);
 static WRITER: Mutex<Writer> = Mutex::new(Writer {
@@ -259,6 +262,14 @@ extern "C" fn on_sigbus(_signal: c_int, info: *mut libc::siginfo_t, _context: *m
     unsafe { *errno = saved };
 }
 
+/// How many faults were contained so far, in the whole process. A cheap way to learn that some
+/// table may be poisoned: as long as the number stays, none has become so.
+#[inline]
+#[must_use]
+pub fn faults() -> usize {
+    FAULTS.load(Ordering::Acquire)
+}
+
 /// Maps a page over the fault, if it lies in a guarded range.
 fn contain(addr: usize) -> bool {
     let used = USED.load(Ordering::Acquire);
@@ -266,6 +277,9 @@ fn contain(addr: usize) -> bool {
         let Some((page, page_size)) = entry.page_of(addr) else {
             continue;
         };
+        // First: whoever reads the new page's zeroes must be able to know what they are.
+        entry.hit.store(true, Ordering::SeqCst);
+        FAULTS.fetch_add(1, Ordering::SeqCst);
         // SAFETY: the page belongs to a guarded mapping, which the faulting access itself keeps
         // in use, and what was behind it is gone: nothing that could be read is replaced.
         let mapped = unsafe {
@@ -281,7 +295,6 @@ fn contain(addr: usize) -> bool {
         if mapped == libc::MAP_FAILED {
             return false;
         }
-        entry.hit.store(true, Ordering::Release);
         wake();
         return true;
     }
