@@ -200,7 +200,7 @@ impl DaemonSpec {
     }
 
     fn vublk(&self, socket: &Path) -> Result<Command, GuestError> {
-        let mut command = Command::new(vublk_binary()?);
+        let mut command = Command::new(vublk_path()?);
         command.env(
             "RUST_LOG",
             env::var_os("RUST_LOG").unwrap_or_else(|| "info".into()),
@@ -413,7 +413,10 @@ fn is_listening(table: &[u8], path: &Path) -> bool {
 }
 
 /// `VUBLK_BIN`, or the release or else the debug binary of the target folder the test runs from.
-fn vublk_binary() -> Result<PathBuf, GuestError> {
+///
+/// # Errors
+/// `NoBinary` when there is none.
+pub fn vublk_path() -> Result<PathBuf, GuestError> {
     if let Some(path) = env::var_os("VUBLK_BIN") {
         let path = PathBuf::from(path);
         return if path.is_file() {

@@ -34,7 +34,7 @@ mod scratch;
 mod vm;
 
 pub use agent::Output;
-pub use daemon::{Daemon, DaemonKind, DaemonSpec, Engine, Storage};
+pub use daemon::{Daemon, DaemonKind, DaemonSpec, Engine, Storage, vublk_path};
 pub use error::GuestError;
 pub use fio::{Fio, FioReport, Side};
 pub use hugepages::HugePages;
