@@ -13,7 +13,8 @@ pub const MAX_REQUEST_BYTES: u32 = 16 << 20;
 /// (virtio 2.7.8).
 pub const MAX_CHAIN_BYTES: u64 = u32::MAX as u64;
 
-/// Bounce memory of one device, in bytes, over all its workers.
+/// Bounce memory of one device, in bytes. Its workers have equal parts of it, but never less than
+/// [`MAX_REQUEST_BYTES`] each: a request that fits the other limits must be able to bounce.
 pub const MAX_BOUNCE_BYTES: usize = 64 << 20;
 
 /// Vrings of one device. `GET_QUEUE_NUM` answers this whatever the number of workers, so that no

@@ -10,7 +10,7 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Addresses, AvailBroken, Split, Used, VringError, resolve};
-use crate::fds::borrow;
+use crate::fds::{borrow, signal, take};
 use crate::inflight::{Inflight, TooMany};
 use crate::worker::{Enablement, StopMode, VringSetup};
 
@@ -251,7 +251,7 @@ impl Started {
 
     fn fail(&mut self, soundness: Soundness) {
         self.soundness = soundness;
-        if let Some(Err(error)) = self.fds.err.as_ref().map(|err| err.write(1)) {
+        if let Some(Err(error)) = self.fds.err.as_ref().map(signal) {
             warn!("the front end could not be told that a vring broke: {error}");
         }
     }
@@ -332,9 +332,9 @@ impl Started {
             return;
         };
         // An empty counter is the usual case and an error for a non-blocking read.
-        let was_set = kick.read().is_ok();
+        let was_set = take(kick).is_ok();
         let waiting = self.layout.refresh().is_ok_and(|waiting| waiting > 0);
-        if was_set && waiting && kick.write(1).is_err() {
+        if was_set && waiting && signal(kick).is_err() {
             warn!("a kick could not be handed back; the next owner scans the ring");
         }
     }
