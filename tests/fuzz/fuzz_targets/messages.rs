@@ -241,6 +241,7 @@ impl Crew for Notes {
             | Command::SetKick(id, _)
             | Command::SetCall(id, _)
             | Command::SetErr(id, _) => self.started(id),
+            Command::Fence(device, fence) => self.tell(worker, Report::Fenced(device, fence)),
             Command::SetFeatures(..) | Command::Quit => {}
         }
     }
