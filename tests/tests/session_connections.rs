@@ -9,6 +9,7 @@ use std::sync::Mutex;
 
 use blockdev::fault::{FaultHandle, FaultPlan};
 use blockdev::open;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vublk::control::{ControlError, Listen, ListenError};
 use vublk_tests::frontend::{
     FrontEnd, Kind, Options, Outcome, PeerError, ServeOptions, Served, code, open_descriptors,
@@ -136,8 +137,18 @@ fn sigterm_waits_for_requests_in_flight() -> Outcome {
         std::thread::yield_now();
     }
     assert_eq!(front_end.vring(0)?.ring.used_index()?, 0);
+    // A front end takes the end of the connection for the end of everything, so it stays open.
+    let a_while = Timespec {
+        tv_sec: 0,
+        tv_nsec: 100_000_000,
+    };
+    let mut polled = [PollFd::new(front_end.peer.stream(), PollFlags::IN)];
+    assert_eq!(
+        poll(&mut polled, Some(&a_while))?,
+        0,
+        "the connection ended first"
+    );
     handle.release();
-    // A front end takes the end of the connection for the end of everything.
     assert!(front_end.peer.closed()?);
     let used = front_end.vring(0)?.ring.take_used()?;
     assert_eq!(used, Some((u32::from(head), 1)));
