@@ -49,6 +49,11 @@ pub trait Channel {
     /// may complete in any order, and overlapping ones may take effect in any order.
     fn prep(&mut self, ring: &mut Ring, tag: Tag, op: Op);
 
+    /// Takes an op back. Its completion still comes: with [`crate::IoError::Aborted`] and without
+    /// effect on the device, or as it was, if that was too late. Devices with
+    /// [`Abort::Impossible`] do nothing.
+    fn abort(&mut self, _ring: &mut Ring, _tag: Tag) {}
+
     /// An eventfd to watch, when this channel completes ops on threads of its own.
     fn event(&self) -> Option<BorrowedFd<'_>>;
 

@@ -18,6 +18,7 @@ mod bounce;
 mod chain;
 mod copy;
 mod direction;
+mod dirty;
 mod error;
 mod extract;
 mod hold;
@@ -34,6 +35,7 @@ mod view;
 
 pub use chain::{BrokenChain, Chain, ChainFault, ChainLimits};
 pub use direction::{Dest, Direction, Source};
+pub use dirty::{DirtyLog, LOG_PAGE, SharedLog};
 pub use error::IterError;
 pub use extract::{ExtractError, ExtractErrorKind, Held, MemoryNeeds, Stability};
 pub use hold::{Hold, HoldFlags};

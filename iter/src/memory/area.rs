@@ -9,13 +9,15 @@
     clippy::arithmetic_side_effects
 )]
 
+use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64};
 
 use vm_memory::{ByteValued, VolatileMemory, VolatileSlice};
 
-use super::region::Region;
+use super::error::MemoryError;
+use super::region::{Region, RegionSpec};
 
 /// A resolved, checked part of one region that keeps its region mapped: what each of a vring's
 /// three parts lives in.
@@ -33,8 +35,30 @@ pub struct Area {
 // SAFETY: the pointer is into the mapping that `region` (itself `Send` and `Sync`) keeps at its
 // place, and is only ever used for volatile or atomic accesses, from whatever thread.
 unsafe impl Send for Area {}
+// SAFETY: as for `Send`; the guest accesses the same bytes at any time anyway.
+unsafe impl Sync for Area {}
 
 impl Area {
+    /// Maps `len` bytes of a front end's file from `offset` on that are no guest memory: a dirty
+    /// log, an in-flight region. Its guest address is zero and means nothing.
+    ///
+    /// # Errors
+    /// As for a region of guest memory.
+    pub fn map(file: OwnedFd, offset: u64, len: u64) -> Result<Self, MemoryError> {
+        let region = Region::map(RegionSpec {
+            guest_addr: 0,
+            size: len,
+            front_end_addr: 0,
+            mmap_offset: offset,
+            file,
+        })?;
+        let bytes = usize::try_from(len).unwrap_or(usize::MAX);
+        Self::new(Arc::new(region), 0, bytes).ok_or(MemoryError::NotMapped {
+            guest_addr: 0,
+            len: bytes,
+        })
+    }
+
     /// The `len` bytes of `region` from `offset` on, if they lie inside it.
     pub(crate) fn new(region: Arc<Region>, offset: u64, len: usize) -> Option<Self> {
         let start = NonNull::new(region.slice(offset, len)?.ptr_guard_mut().as_ptr())?;
@@ -61,6 +85,15 @@ impl Area {
     /// Whether a SIGBUS hit the area's region.
     pub fn poisoned(&self) -> bool {
         self.region.poisoned()
+    }
+
+    /// The byte at `offset`, or nothing if it lies outside.
+    #[inline]
+    pub fn atomic_u8(&self, offset: usize) -> Option<&AtomicU8> {
+        let field = self.field::<u8>(offset)?;
+        // SAFETY: `field` checked the bounds, `region` keeps it mapped while `self` is borrowed,
+        // and all sides touch such fields only as atomics or volatile.
+        Some(unsafe { AtomicU8::from_ptr(field) })
     }
 
     /// The 16-bit field at `offset` bytes, or nothing if it lies outside or is misaligned.
