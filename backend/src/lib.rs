@@ -3,6 +3,7 @@
 pub mod blk;
 pub mod cli;
 pub mod control;
+mod failpoint;
 pub mod fds;
 pub mod inflight;
 pub mod limits;

@@ -17,6 +17,8 @@ fn main() -> ExitCode {
         return say(CAPABILITIES);
     }
     let args = Args::parse();
+    #[cfg(feature = "failpoints")]
+    let _failpoints = fail::FailScenario::setup();
     env_logger::Builder::from_env(Env::default().default_filter_or("info")).init();
     match serve(&args) {
         Ok(()) => ExitCode::SUCCESS,

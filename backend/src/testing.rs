@@ -1,10 +1,12 @@
 //! Guest memory for unit tests: a memory table over a memfd, and what a driver writes into it.
 
+use std::fs::File;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use iov_iter::{MemoryTable, Pools, RegionSpec, View};
+use iov_iter::{MemoryTable, Pools, RegionSpec, SharedLog, View};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use crate::vring::{Addresses, Areas, resolve};
@@ -68,6 +70,33 @@ impl Ram {
             .position(|r| holds(r.guest_addr(), r.size()))
             .unwrap();
         (at, guest - regions[at].guest_addr())
+    }
+}
+
+/// A dirty log of a front end's.
+pub(crate) struct Log {
+    file: File,
+    pub(crate) log: SharedLog,
+}
+
+impl Log {
+    /// A log for the first `pages` pages of guest addresses, a multiple of eight.
+    pub(crate) fn new(pages: u64) -> Log {
+        let file = File::from(memfd_create("log", MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(pages / 8).unwrap();
+        let log = SharedLog::new(file.try_clone().unwrap().into(), 0, pages / 8).unwrap();
+        Log { file, log }
+    }
+
+    /// The pages that are marked, which are not any more.
+    pub(crate) fn take(&self) -> Vec<u64> {
+        let mut bits = vec![0; usize::try_from(self.log.size()).unwrap()];
+        self.file.read_exact_at(&mut bits, 0).unwrap();
+        self.file.write_all_at(&vec![0; bits.len()], 0).unwrap();
+        let pages = 0..self.log.size() * 8;
+        pages
+            .filter(|&page| bits[page as usize / 8] & (1 << (page % 8)) != 0)
+            .collect()
     }
 }
 

@@ -175,6 +175,8 @@ impl Bench {
             size: RING_SIZE,
             addresses: Addresses { desc, avail, used },
             next_avail: 0,
+            inflight: None,
+            log_used: None,
             features: (1 << VIRTIO_BLK_F_DISCARD) | (1 << VIRTIO_BLK_F_WRITE_ZEROES),
             enablement: Enablement::Enabled,
             kick: Some(kick.try_clone()?),

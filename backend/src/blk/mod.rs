@@ -15,4 +15,4 @@ pub use counters::Counters;
 pub use device::{BlkDevice, BlkOptions, BlkOptionsError, SERIAL_BYTES, WriteCache};
 pub use profile::Profile;
 pub use ranges::Range;
-pub use request::{Admitted, Driver, Header, Kind, Malformed, RangeOp, Request, Status};
+pub use request::{Admitted, Driver, Header, Kind, Malformed, RangeOp, Request, Status, refuse};

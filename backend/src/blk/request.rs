@@ -7,7 +7,7 @@
 )]
 
 use blockdev::{Access, Caching, Durability, Extent, IoError, Sector};
-use iov_iter::{Cursor, Dest, Hold, IovIter, Source, StatusSlot};
+use iov_iter::{Cursor, Dest, DirtyLog, Hold, IovIter, Source, StatusSlot};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
     VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
@@ -16,6 +16,7 @@ use virtio_bindings::virtio_blk::{
 
 use super::features::bit;
 use super::{Profile, Range, SERIAL_BYTES, WriteCache, ranges};
+use crate::failpoint::{reached, skips};
 use crate::limits::MAX_REQUEST_BYTES;
 use crate::vring::Used;
 
@@ -98,6 +99,15 @@ pub struct Malformed {
     pub hold: Hold,
 }
 
+/// Writes the status byte of a chain that is refused before it is a request, and marks it in the
+/// dirty log if there is one.
+pub fn refuse(slot: &StatusSlot, hold: &Hold, status: Status, log: Option<&dyn DirtyLog>) {
+    slot.write(hold, status.byte());
+    if let Some(log) = log {
+        log.mark(slot.guest(), STATUS_BYTES.into());
+    }
+}
+
 /// A request that is owed an answer.
 ///
 /// It has two ends: [`finish`](Self::finish), the only way to a used element, and
@@ -166,7 +176,16 @@ impl Request {
     /// so that the whole chain can be reported as written: a driver may ignore what lies beyond the
     /// used length, and the status is the last byte (virtio 2.7.8.2, 2.7.8.3). A chain beyond
     /// [`MAX_REQUEST_BYTES`] is not worth that: it gets its status, and nothing is reported.
-    pub fn finish(self, hold: Hold, moved: usize, status: Status) -> Used {
+    ///
+    /// With a `log`, everything that was written is marked in it: all of the memory, since the
+    /// device may have written to what it says it did not reach, and the status.
+    pub fn finish(
+        self,
+        hold: Hold,
+        moved: usize,
+        status: Status,
+        log: Option<&dyn DirtyLog>,
+    ) -> Used {
         let Request {
             head,
             mut dest,
@@ -177,7 +196,7 @@ impl Request {
         } = self;
         owed.settle();
         if writable > MAX_REQUEST_BYTES + STATUS_BYTES {
-            slot.write(&hold, status.byte());
+            refuse(&slot, &hold, status, log);
             return Used { head, len: 0 };
         }
         if dest.restore(payload).is_ok() {
@@ -188,6 +207,11 @@ impl Request {
             }
         }
         slot.write(&hold, status.byte());
+        reached("landed");
+        if let Some(log) = log {
+            mark(&dest, &slot, log);
+        }
+        reached("marked");
         drop(hold);
         Used {
             head,
@@ -195,11 +219,32 @@ impl Request {
         }
     }
 
-    /// Ends the request without an answer: its front end is gone, or will ask again.
-    pub fn abandon(self, hold: Hold) {
-        self.owed.settle();
+    /// Ends the request without an answer: its front end is gone, or will ask again. What the
+    /// device may have written is marked in the `log` all the same, if there is one.
+    pub fn abandon(self, hold: Hold, log: Option<&dyn DirtyLog>) {
+        let Request {
+            dest, status, owed, ..
+        } = self;
+        owed.settle();
+        if let Some(log) = log {
+            mark(&dest, &status, log);
+        }
         drop(hold);
     }
+}
+
+/// Marks all that a request may have written. The addresses are those the chain was walked with:
+/// the driver may have changed its descriptors since.
+fn mark(dest: &IovIter<Dest>, slot: &StatusSlot, log: &dyn DirtyLog) {
+    if skips("skip-marks") {
+        return;
+    }
+    if dest.must_log() {
+        for segment in dest.segments() {
+            log.mark(segment.guest, segment.len.into());
+        }
+    }
+    log.mark(slot.guest(), STATUS_BYTES.into());
 }
 
 impl Header {

@@ -1,12 +1,15 @@
 //! The request suite: what each request turns into, and how it ends.
 
+use std::cell::RefCell;
+
 use blockdev::{
     Access, Caching, DiscardLimits, Durability, Extent, MayUnmap, Sector, Unmap, WriteZeroesLimits,
 };
-use iov_iter::{Chain, ChainLimits, Hold, IovIter, MemoryNeeds, Source};
+use iov_iter::{Chain, ChainLimits, DirtyLog, Hold, IovIter, MemoryNeeds, Source};
 use proptest::prelude::*;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_T_SECURE_ERASE,
+    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_SECURE_ERASE,
 };
 
 use super::features::bit;
@@ -125,7 +128,7 @@ impl Guest {
         let len = request.dest().count();
         let admitted = header.admit(&mut source, len, &hold, profile, driver, &mut ranges);
         let status = admitted.as_ref().err().copied().unwrap_or(Status::Ok);
-        let used = request.finish(hold, len, status);
+        let used = request.finish(hold, len, status, None);
         assert_eq!(
             used.len as usize,
             self.written().len(),
@@ -199,7 +202,7 @@ fn a_request_may_have_the_most_bytes_and_no_more() {
     let len = request.dest().count();
     let found = header.admit(&mut source, len, &hold, &big, driver(), &mut Vec::new());
     assert_eq!(found, Err(Status::IoErr));
-    request.abandon(hold);
+    request.abandon(hold, None);
 }
 
 #[test]
@@ -207,7 +210,7 @@ fn what_is_beyond_the_most_bytes_is_not_zeroed() {
     let guest = Guest::new(&[&header(99, 0)], &[MAX_REQUEST_BYTES, 512, 1]);
     let (request, _, _, hold) = guest.parse().unwrap();
     assert_eq!(
-        request.finish(hold, 0, Status::Unsupp),
+        request.finish(hold, 0, Status::Unsupp, None),
         Used { head: 0, len: 0 }
     );
     let written = guest.written();
@@ -313,7 +316,7 @@ fn unknown_types_are_unsupported_and_zeroed() {
         let found = header.admit(&mut source, len, &hold, &profile(), driver(), &mut ranges);
         assert_eq!(found, Err(Status::Unsupp));
         assert_eq!(
-            request.finish(hold, 0, Status::Unsupp),
+            request.finish(hold, 0, Status::Unsupp, None),
             Used { head: 0, len: 33 }
         );
         assert_eq!(guest.written(), [&[0; 32][..], &[2]].concat());
@@ -409,7 +412,7 @@ fn the_serial_fills_what_room_there_is() {
         let (mut request, header, _, hold) = guest.parse().unwrap();
         assert_eq!(header.kind, Kind::GetId);
         let moved = request.identify(&hold, &serial);
-        assert_eq!(request.finish(hold, moved, Status::Ok).len, room + 1);
+        assert_eq!(request.finish(hold, moved, Status::Ok, None).len, room + 1);
         let mut expected: Vec<u8> = serial.to_vec();
         expected.resize(room as usize, 0);
         expected.push(0);
@@ -422,7 +425,7 @@ fn a_failed_read_is_zeroed_from_where_it_stopped() {
     let guest = Guest::new(&[&header(IN, 0)], &[512, 512, 1]);
     let (request, _, _, hold) = guest.parse().unwrap();
     assert_eq!(
-        request.finish(hold, 700, Status::IoErr),
+        request.finish(hold, 700, Status::IoErr, None),
         Used { head: 0, len: 1025 }
     );
     assert_eq!(
@@ -459,12 +462,103 @@ fn a_request_cannot_be_dropped() {
     drop(request);
 }
 
+/// Remembers what is marked, and what the memory held at that moment.
+struct Witness<'a> {
+    guest: &'a Guest,
+    marks: RefCell<Vec<(u64, u64)>>,
+    seen: RefCell<Vec<u8>>,
+}
+
+impl<'a> Witness<'a> {
+    fn new(guest: &'a Guest) -> Witness<'a> {
+        Witness {
+            guest,
+            marks: RefCell::default(),
+            seen: RefCell::default(),
+        }
+    }
+
+    /// The bytes that were marked, as runs in order.
+    fn marked(&self) -> Vec<(u64, u64)> {
+        let mut bytes: Vec<u64> = self
+            .marks
+            .borrow()
+            .iter()
+            .flat_map(|&(at, len)| at..at + len)
+            .collect();
+        bytes.sort_unstable();
+        bytes.dedup();
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for byte in bytes {
+            match runs.last_mut() {
+                Some((at, len)) if *at + *len == byte => *len += 1,
+                _ => runs.push((byte, 1)),
+            }
+        }
+        runs
+    }
+
+    /// What a request with these writable buffers has to mark.
+    fn all(&self) -> Vec<(u64, u64)> {
+        let dest = self.guest.dest.iter();
+        dest.map(|&(at, len)| (at, u64::from(len))).collect()
+    }
+}
+
+impl DirtyLog for Witness<'_> {
+    fn mark(&self, guest: u64, len: u64) {
+        self.marks.borrow_mut().push((guest, len));
+        *self.seen.borrow_mut() = self.guest.written();
+    }
+}
+
+#[test]
+fn everything_a_request_wrote_is_marked_after_it_was_written() {
+    let kinds = [
+        (VIRTIO_BLK_T_IN, vec![512, 1024, 1]),
+        (VIRTIO_BLK_T_IN, vec![513]),
+        (VIRTIO_BLK_T_FLUSH, vec![1]),
+        (VIRTIO_BLK_T_FLUSH, vec![7, 3]),
+        (VIRTIO_BLK_T_GET_ID, vec![20, 1]),
+        (VIRTIO_BLK_T_GET_ID, vec![5, 70]),
+        (99, vec![4096, 4097]),
+    ];
+    for (kind, dest) in kinds {
+        for (moved, status) in [(0, Status::IoErr), (300, Status::IoErr), (0, Status::Ok)] {
+            let guest = Guest::new(&[&header(kind, 0)], &dest);
+            let (request, _, _, hold) = guest.parse().unwrap();
+            let witness = Witness::new(&guest);
+            let _ = request.finish(hold, moved, status, Some(&witness));
+            assert_eq!(witness.marked(), witness.all(), "{kind} {dest:?} {moved}");
+            assert_eq!(*witness.seen.borrow(), guest.written(), "marked too early");
+        }
+    }
+}
+
+#[test]
+fn only_the_status_of_an_oversized_request_is_marked() {
+    let guest = Guest::new(&[&header(VIRTIO_BLK_T_IN, 0)], &[16 << 20, 512, 1]);
+    let (request, _, _, hold) = guest.parse().unwrap();
+    let witness = Witness::new(&guest);
+    let _ = request.finish(hold, 0, Status::IoErr, Some(&witness));
+    assert_eq!(witness.marked(), witness.all()[2..]);
+}
+
+#[test]
+fn what_a_device_may_have_written_for_an_abandoned_request_is_marked() {
+    let guest = Guest::new(&[&header(VIRTIO_BLK_T_IN, 0)], &[512, 1024, 1]);
+    let (request, _, _, hold) = guest.parse().unwrap();
+    let witness = Witness::new(&guest);
+    request.abandon(hold, Some(&witness));
+    assert_eq!(witness.marked(), witness.all());
+}
+
 #[test]
 fn an_abandoned_request_writes_nothing() {
     let guest = Guest::new(&[&header(IN, 0)], &[512, 1]);
     let (request, _, _, hold) = guest.parse().unwrap();
     assert_eq!(guest.ram.view.holds(), 1);
-    request.abandon(hold);
+    request.abandon(hold, None);
     assert_eq!(guest.ram.view.holds(), 0);
     assert_eq!(guest.written(), [STALE; 513]);
 }

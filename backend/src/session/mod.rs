@@ -194,7 +194,7 @@ impl Session {
                 self.back_channel = None;
                 self.stop_all(mode, crew);
             }
-            (Ending::Stopping, StopMode::Abandon) => self.stop_all(mode, crew),
+            (Ending::Stopping, StopMode::Suspend | StopMode::Abandon) => self.stop_all(mode, crew),
             (Ending::Stopping, StopMode::Drain) | (Ending::Emptying(_), _) => {}
         }
         self.go_on_ending(crew);

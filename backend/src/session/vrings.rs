@@ -215,7 +215,7 @@ impl Session {
                 (Life::Started, _) => {}
                 // Draining for an answer that nobody waits for any more: its worker gives it up,
                 // and still reports it once.
-                (Life::Stopping, StopMode::Abandon) => {}
+                (Life::Stopping, StopMode::Suspend | StopMode::Abandon) => {}
                 (Life::Stopping, StopMode::Drain) | (Life::Stopped, _) => continue,
             }
             vring.life = Life::Stopping;
@@ -254,6 +254,8 @@ impl Session {
             size,
             addresses,
             next_avail,
+            inflight: None,
+            log_used: None,
             features,
             enablement: vring.enablement,
             kick,

@@ -12,5 +12,5 @@ mod state;
 mod tests;
 
 pub use areas::{Addresses, Areas, VringError, check_size, resolve};
-pub use split::{AvailBroken, Split, Used};
-pub use state::{Draining, Fds, RingBroken, Started, Stopped};
+pub use split::{AvailBroken, Split, Used, UsedLog};
+pub use state::{Draining, Fds, RingBroken, Started, Stopped, logs_all};

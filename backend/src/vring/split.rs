@@ -8,7 +8,7 @@
 
 use std::sync::atomic::{AtomicU16, Ordering};
 
-use iov_iter::Area;
+use iov_iter::{Area, DirtyLog, SharedLog};
 use thiserror::Error;
 use virtio_bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY,
@@ -16,6 +16,7 @@ use virtio_bindings::virtio_ring::{
 
 use super::Areas;
 use super::notify::{arm, need_event, publish};
+use crate::failpoint::{reached, skips};
 
 /// Offset of the flags in both rings, in bytes (virtio 2.7.6, 2.7.8).
 const FLAGS: usize = 0;
@@ -53,6 +54,15 @@ pub struct AvailBroken {
     pub size: u16,
 }
 
+/// Where writes to a used ring are logged (vhost-user, *Migration*).
+#[derive(Clone, Debug)]
+pub struct UsedLog {
+    /// The log.
+    pub log: SharedLog,
+    /// The guest address that the log knows the used ring by. It need not be in the memory table.
+    pub guest: u64,
+}
+
 /// Who is told how (virtio 2.7.7, 2.7.10).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Suppression {
@@ -84,6 +94,8 @@ pub struct Split {
     /// The used index when the driver was last told; none right after the start, when nothing is
     /// known of what it was told before.
     told: Option<u16>,
+    /// Where writes to the used ring are logged, if they are.
+    log: Option<UsedLog>,
 }
 
 impl Split {
@@ -106,7 +118,28 @@ impl Split {
             next_used: used,
             published: used,
             told: None,
+            log: None,
         }
+    }
+
+    /// Goes on at another avail entry than it was told at first.
+    pub fn resume_at(&mut self, next_avail: u16) {
+        self.next_avail = next_avail;
+        self.avail_seen = next_avail;
+    }
+
+    /// The used index as the driver can see it.
+    #[must_use]
+    pub fn used_index(&self) -> u16 {
+        self.published
+    }
+
+    /// Logs writes to the used ring there from now on, or not at all. All of the ring is marked
+    /// once: what was written to it before, perhaps by an earlier daemon that did not come to mark
+    /// it, is then in this log too.
+    pub fn set_log(&mut self, log: Option<UsedLog>) {
+        self.log = log;
+        self.mark(FLAGS, self.areas.used.len());
     }
 
     /// Entries of the ring.
@@ -168,6 +201,8 @@ impl Split {
         if let Some(len) = self.areas.used.atomic_u32(at.saturating_add(4)) {
             len.store(used.len, Ordering::Relaxed);
         }
+        reached("element-written");
+        self.mark(at, 8);
         self.next_used = self.next_used.wrapping_add(1);
     }
 
@@ -188,6 +223,8 @@ impl Split {
             Suppression::Flags => self.avail(FLAGS),
         };
         let asked = publish(word(&self.areas.used, INDEX), new, asked);
+        reached("index-published");
+        self.mark(INDEX, 2);
         self.published = new;
         let old = self.told.replace(new);
         match (self.suppression, old) {
@@ -205,6 +242,7 @@ impl Split {
             Suppression::EventIdx => {}
             Suppression::Flags => {
                 self.used(FLAGS).store(NO_NOTIFY, Ordering::Relaxed);
+                self.mark(FLAGS, 2);
             }
         }
     }
@@ -216,14 +254,12 @@ impl Split {
     /// As [`refresh`](Self::refresh).
     #[inline]
     pub fn arm_kick(&mut self) -> Result<u16, AvailBroken> {
-        let index = match self.suppression {
-            Suppression::EventIdx => arm(
-                self.used(self.used_entries_end()),
-                self.next_avail,
-                self.avail(INDEX),
-            ),
-            Suppression::Flags => arm(self.used(FLAGS), 0, self.avail(INDEX)),
+        let (ask_at, ask) = match self.suppression {
+            Suppression::EventIdx => (self.used_entries_end(), self.next_avail),
+            Suppression::Flags => (FLAGS, 0),
         };
+        let index = arm(self.used(ask_at), ask, self.avail(INDEX));
+        self.mark(ask_at, 2);
         self.saw(index)
     }
 
@@ -238,6 +274,18 @@ impl Split {
         }
         self.avail_seen = index;
         Ok(ahead)
+    }
+
+    /// Marks bytes of the used ring that were written.
+    #[inline]
+    fn mark(&self, offset: usize, len: usize) {
+        if let Some(UsedLog { log, guest }) = &self.log {
+            if skips("skip-used-marks") {
+                return;
+            }
+            let bytes = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
+            log.mark(guest.saturating_add(bytes(offset)), bytes(len));
+        }
     }
 
     fn avail(&self, offset: usize) -> &AtomicU16 {

@@ -4,14 +4,16 @@ use std::io;
 use std::sync::Arc;
 
 use blockdev::{Ring, Watch};
-use iov_iter::{Area, MemoryTable};
+use iov_iter::{Area, MemoryTable, SharedLog};
 use log::warn;
 use thiserror::Error;
+use vhost::vhost_user::message::VhostUserVirtioFeatures;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Addresses, AvailBroken, Split, Used, VringError, resolve};
+use super::{Addresses, AvailBroken, Split, Used, UsedLog, VringError, resolve};
+use crate::failpoint::reached;
 use crate::fds::{borrow, signal, take};
-use crate::inflight::{Inflight, TooMany};
+use crate::inflight::{EnterError, Inflight};
 use crate::worker::{Enablement, StopMode, VringSetup};
 
 /// A vring that is not started. What it needs to start comes with the command that starts it.
@@ -39,7 +41,13 @@ pub struct Started {
     features: u64,
     enablement: Enablement,
     soundness: Soundness,
+    logging: Logging,
+    /// The guest address to log writes to the used ring at, if they are to be logged.
+    log_used: Option<u64>,
     inflight: Inflight,
+    /// Heads that an earlier daemon had taken, last first: they are done again before anything is
+    /// popped.
+    again: Vec<u16>,
     /// The eventfds.
     pub fds: Fds,
     /// The watch over the kick, while there is one.
@@ -54,9 +62,18 @@ pub enum RingBroken {
     /// The avail index is not to be believed.
     #[error(transparent)]
     Avail(#[from] AvailBroken),
-    /// More chains are in flight than there can be.
+    /// A chain is offered that cannot be in flight.
     #[error(transparent)]
-    InFlight(#[from] TooMany),
+    InFlight(#[from] EnterError),
+}
+
+/// Whether what a request changes is logged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Logging {
+    /// As the front end wants it: in its log, or not at all.
+    Settled,
+    /// It is to be logged and there is no log yet, so nothing may be changed.
+    NoLog,
 }
 
 /// Whether the ring's indices can still be believed.
@@ -95,19 +112,34 @@ impl Stopped {
             size,
             addresses,
             next_avail,
+            inflight,
+            log_used,
             features,
             enablement,
             kick,
             call,
             err,
         } = setup;
+        let mut layout = Split::new(areas, size, next_avail, features);
+        let (inflight, mut again) = match inflight {
+            None => (Inflight::new(size), Vec::new()),
+            Some(region) => Inflight::recover(size, region, layout.used_index()),
+        };
+        if inflight.is_recorded() {
+            // Everything popped is either used or recorded (*Inflight I/O tracking*).
+            layout.resume_at(layout.used_index().wrapping_add(inflight.count()));
+        }
+        again.reverse();
         Ok(Box::new(Started {
-            layout: Split::new(areas, size, next_avail, features),
+            layout,
             addresses,
             features,
             enablement,
             soundness: Soundness::Sound,
-            inflight: Inflight::new(size),
+            logging: Logging::Settled,
+            log_used,
+            inflight,
+            again,
             fds: Fds { kick, call, err },
             watch: None,
             ending: 0,
@@ -119,7 +151,14 @@ impl Started {
     /// Whether chains may be popped.
     #[must_use]
     pub fn may_pop(&self) -> bool {
-        self.enablement == Enablement::Enabled && self.soundness == Soundness::Sound
+        self.enablement == Enablement::Enabled && self.may_take()
+    }
+
+    /// Whether chains may be taken were the vring enabled: what was in flight when an earlier
+    /// daemon ended is finished whether it is enabled or not.
+    #[must_use]
+    pub fn may_take(&self) -> bool {
+        self.soundness == Soundness::Sound && self.logging == Logging::Settled
     }
 
     /// Whether nobody kicks it, so that it has to be polled.
@@ -137,6 +176,27 @@ impl Started {
     /// The driver acknowledged other features. The ring's own bits are fixed at its start.
     pub fn set_features(&mut self, features: u64) {
         self.features = features;
+    }
+
+    /// Logs writes to the used ring at this guest address, or not at all; in force after
+    /// [`relog`](Self::relog).
+    pub fn set_log_used(&mut self, guest: Option<u64>) {
+        self.log_used = guest;
+    }
+
+    /// The features, the log or the used ring's address in it changed: `log` is what the front end
+    /// set, whether it is in use or not.
+    pub fn relog(&mut self, log: Option<&SharedLog>) {
+        let wanted = logs_all(self.features);
+        self.logging = if wanted && log.is_none() {
+            Logging::NoLog
+        } else {
+            Logging::Settled
+        };
+        let log = log.filter(|_| wanted && !self.is_lost()).cloned();
+        let used_log = log.zip(self.log_used);
+        self.layout
+            .set_log(used_log.map(|(log, guest)| UsedLog { log, guest }));
     }
 
     /// Enables or disables popping.
@@ -172,6 +232,9 @@ impl Started {
     /// The driver offers what it cannot have.
     #[inline]
     pub fn pop(&mut self) -> Result<Option<u16>, RingBroken> {
+        if !self.again.is_empty() {
+            return Ok(self.take_again());
+        }
         let head = match self.layout.pop() {
             Some(head) => head,
             None if self.layout.refresh()? == 0 => return Ok(None),
@@ -180,8 +243,23 @@ impl Started {
                 None => return Ok(None),
             },
         };
-        self.inflight.enter()?;
+        self.inflight.enter(head)?;
+        reached("entered");
         Ok(Some(head))
+    }
+
+    /// Takes the next chain that an earlier daemon had in flight; it is in flight until
+    /// [`settle`](Self::settle).
+    pub fn take_again(&mut self) -> Option<u16> {
+        self.again.pop()
+    }
+
+    /// Leaves the chains that an earlier daemon had in flight, and that were not taken again, to
+    /// the next one.
+    pub fn leave_again(&mut self) {
+        for _ in self.again.drain(..) {
+            self.inflight.leave();
+        }
     }
 
     /// See [`Split::suppress_kicks`].
@@ -207,6 +285,9 @@ impl Started {
         match used {
             Some(used) if self.soundness != Soundness::Lost => {
                 self.layout.push_used(used);
+                reached("element-marked");
+                self.inflight.link(used.head);
+                reached("linked");
                 self.layout.unpublished() == 1
             }
             Some(_) | None => false,
@@ -217,7 +298,14 @@ impl Started {
     #[inline]
     #[must_use = "a call that is not made is a driver that sleeps for ever"]
     pub fn publish(&mut self) -> bool {
-        self.layout.unpublished() > 0 && self.layout.publish()
+        if self.layout.unpublished() == 0 {
+            return false;
+        }
+        let call = self.layout.publish();
+        reached("index-marked");
+        self.inflight.clear(self.layout.used_index());
+        reached("closed");
+        call
     }
 
     /// Chains taken and not yet settled.
@@ -276,8 +364,9 @@ impl Draining {
             return Err(self);
         }
         let mut vring = self.vring;
-        if self.mode == StopMode::Drain {
-            vring.hand_over_kick();
+        match self.mode {
+            StopMode::Drain | StopMode::Suspend => vring.hand_over_kick(),
+            StopMode::Abandon => {}
         }
         Ok((
             Stopped {
@@ -286,6 +375,12 @@ impl Draining {
             vring.fds,
         ))
     }
+}
+
+/// Whether a driver with these features has all changes of its memory logged.
+#[must_use]
+pub fn logs_all(features: u64) -> bool {
+    features & VhostUserVirtioFeatures::LOG_ALL.bits() != 0
 }
 
 /// The kick.

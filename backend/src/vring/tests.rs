@@ -8,11 +8,16 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
+use crate::inflight::Region;
 use crate::limits::MAX_VRING_SIZE;
-use crate::testing::{DriverRing, FRONT_END, Ram};
+use crate::testing::{DriverRing, FRONT_END, Log, Ram};
 use crate::worker::{Enablement, StopMode, VringSetup};
 
 const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+/// No page is marked.
+const NONE: [u64; 0] = [];
+/// VHOST_F_LOG_ALL.
+const LOG_ALL: u64 = 1 << 26;
 
 fn ring(size: u16) -> (Ram, DriverRing) {
     (Ram::new(2 << 20), DriverRing::new(0, size))
@@ -264,6 +269,8 @@ fn setup(driver: &DriverRing, next_avail: u16) -> (VringSetup, EventFd, EventFd)
         size: driver.size,
         addresses: driver.addresses(),
         next_avail,
+        inflight: None,
+        log_used: None,
         features: 0,
         enablement: Enablement::Enabled,
         kick: Some(kick.try_clone().unwrap()),
@@ -361,6 +368,172 @@ fn no_more_chains_are_in_flight_than_the_ring_has_descriptors() {
     offer(&ram, &driver, 0, &[0, 1]);
     assert_eq!([started.pop(), started.pop()], [Ok(Some(0)), Ok(Some(1))]);
     offer(&ram, &driver, 2, &[0]);
+    let broken = started.pop().unwrap_err();
+    assert!(matches!(broken, RingBroken::InFlight(_)), "{broken}");
+}
+
+/// The used ring of 1024 entries is three pages long; it is logged as if it began in the middle of
+/// page 100, which is not where it is.
+const LOGGED_AT: u64 = 100 * 4096 + 2048;
+
+#[test]
+fn each_write_to_the_used_ring_is_marked_where_the_front_end_wants_it() {
+    for features in [0, EVENT_IDX] {
+        let (ram, driver) = ring(1024);
+        let mut split = split(&ram, &driver, 0, features);
+        let log = Log::new(1024);
+        split.push_used(Used { head: 1, len: 1 });
+        assert_eq!(log.take(), NONE, "nothing is logged yet");
+        let guest = LOGGED_AT;
+        split.set_log(Some(UsedLog {
+            log: log.log.clone(),
+            guest,
+        }));
+        assert_eq!(log.take(), [100, 101, 102], "all of the ring, once");
+        split.push_used(Used { head: 2, len: 1 });
+        assert_eq!(log.take(), [100], "element 1");
+        for head in 2..256 {
+            split.push_used(Used { head, len: 1 });
+        }
+        // Element 255 begins at byte 2044 of the ring and so ends in the next page.
+        assert_eq!(log.take(), [100, 101], "elements 2 to 255");
+        let _ = split.publish();
+        assert_eq!(log.take(), [100], "the index");
+        split.suppress_kicks();
+        let by_flags = features == 0;
+        assert_eq!(log.take(), vec![100; usize::from(by_flags)], "the flags");
+        split.arm_kick().unwrap();
+        let armed = if by_flags { 100 } else { 102 };
+        assert_eq!(log.take(), [armed], "the flags, or avail_event");
+        split.set_log(None);
+        split.push_used(Used { head: 3, len: 1 });
+        let _ = split.publish();
+        split.arm_kick().unwrap();
+        assert_eq!(log.take(), NONE, "nothing is logged any more");
+    }
+}
+
+#[test]
+fn the_used_ring_is_logged_if_everything_is_and_its_flag_says_so() {
+    for (features, flagged, logged) in [
+        (LOG_ALL, Some(0), true),
+        (LOG_ALL, None, false),
+        (0, Some(0), false),
+    ] {
+        let (ram, driver) = ring(8);
+        let (mut setup, _kick, _) = setup(&driver, 0);
+        setup.features = features;
+        setup.log_used = flagged;
+        let mut started = Stopped::start(setup, &ram.table).unwrap();
+        let log = Log::new(8);
+        started.relog(Some(&log.log));
+        assert_eq!(!log.take().is_empty(), logged);
+        offer(&ram, &driver, 0, &[5]);
+        assert_eq!(started.pop(), Ok(Some(5)));
+        started.settle(Some(Used { head: 5, len: 1 }));
+        assert_eq!(!log.take().is_empty(), logged);
+        assert!(started.publish());
+        assert_eq!(!log.take().is_empty(), logged);
+        started.set_features(features ^ LOG_ALL);
+        started.relog(Some(&log.log));
+        assert_eq!(!log.take().is_empty(), features == 0, "switched over");
+        started.set_log_used(None);
+        started.relog(Some(&log.log));
+        assert_eq!(log.take(), NONE, "the flag is cleared");
+    }
+}
+
+#[test]
+fn nothing_is_taken_while_there_is_no_log_to_mark_it_in() {
+    let (ram, driver) = ring(8);
+    let (mut setup, _kick, _) = setup(&driver, 0);
+    setup.features = LOG_ALL;
+    let mut started = Stopped::start(setup, &ram.table).unwrap();
+    started.relog(None);
+    assert!(!started.may_pop() && !started.may_take());
+    started.relog(Some(&Log::new(8).log));
+    assert!(started.may_pop());
+    started.relog(None);
+    assert!(!started.may_pop());
+    started.set_features(0);
+    started.relog(None);
+    assert!(started.may_pop(), "nothing is to be logged");
+}
+
+fn recorded(region: &Region, driver: &DriverRing, base: u16) -> VringSetup {
+    let (mut setup, _, _) = setup(driver, base);
+    setup.inflight = Some(region.queue(0, driver.size).unwrap());
+    setup
+}
+
+#[test]
+fn a_successor_does_again_what_was_taken_and_goes_on_behind_it() {
+    for start in [0, 1, 0xfffe] {
+        let (ram, driver) = ring(8);
+        driver.put_used_index(&ram, start);
+        driver.put_avail_index(&ram, start);
+        let region = Region::allocate(1, 8).unwrap();
+        // SET_VRING_BASE is not looked at: it is wrong here.
+        let mut first = Stopped::start(recorded(&region, &driver, 77), &ram.table).unwrap();
+        let next = offer(&ram, &driver, start, &[3, 0, 6, 1]);
+        for head in [3, 0, 6, 1] {
+            assert_eq!(first.pop(), Ok(Some(head)));
+        }
+        // A batch of two is published, and one more is answered and not published.
+        first.settle(Some(Used { head: 0, len: 1 }));
+        first.settle(Some(Used { head: 1, len: 1 }));
+        assert!(first.publish());
+        first.settle(Some(Used { head: 6, len: 1 }));
+        drop(first);
+
+        let mut second = Stopped::start(recorded(&region, &driver, 0), &ram.table).unwrap();
+        assert_eq!(second.in_flight(), 2);
+        offer(&ram, &driver, next, &[1]);
+        let taken = [second.pop(), second.pop(), second.pop(), second.pop()];
+        assert_eq!(taken, [Ok(Some(3)), Ok(Some(6)), Ok(Some(1)), Ok(None)]);
+        for head in [1, 6, 3] {
+            second.settle(Some(Used { head, len: 1 }));
+        }
+        assert!(second.publish());
+        assert_eq!(driver.used_index(&ram), start.wrapping_add(5));
+        let stopped = second.drain(StopMode::Drain).try_finish().unwrap().0;
+        assert_eq!(stopped.next_avail(), start.wrapping_add(5));
+
+        let mut third = Stopped::start(recorded(&region, &driver, 0), &ram.table).unwrap();
+        assert_eq!((third.in_flight(), third.pop()), (0, Ok(None)));
+    }
+}
+
+#[test]
+fn what_is_abandoned_stays_recorded() {
+    let (ram, driver) = ring(8);
+    let region = Region::allocate(1, 8).unwrap();
+    let mut first = Stopped::start(recorded(&region, &driver, 0), &ram.table).unwrap();
+    offer(&ram, &driver, 0, &[4, 5]);
+    assert_eq!([first.pop(), first.pop()], [Ok(Some(4)), Ok(Some(5))]);
+    first.settle(None);
+    first.settle(None);
+    let stopped = first.drain(StopMode::Suspend).try_finish().unwrap().0;
+    assert_eq!(stopped.next_avail(), 2);
+    // One that comes and goes before it could do them again leaves them as well.
+    for _ in 0..2 {
+        let mut next = Stopped::start(recorded(&region, &driver, 0), &ram.table).unwrap();
+        assert_eq!(next.in_flight(), 2);
+        next.leave_again();
+        assert_eq!(next.in_flight(), 0);
+    }
+    let mut last = Stopped::start(recorded(&region, &driver, 0), &ram.table).unwrap();
+    let taken = [last.pop(), last.pop(), last.pop()];
+    assert_eq!(taken, [Ok(Some(4)), Ok(Some(5)), Ok(None)]);
+}
+
+#[test]
+fn a_head_that_is_in_flight_is_not_taken_twice() {
+    let (ram, driver) = ring(8);
+    let region = Region::allocate(1, 8).unwrap();
+    let mut started = Stopped::start(recorded(&region, &driver, 0), &ram.table).unwrap();
+    offer(&ram, &driver, 0, &[4, 4]);
+    assert_eq!(started.pop(), Ok(Some(4)));
     let broken = started.pop().unwrap_err();
     assert!(matches!(broken, RingBroken::InFlight(_)), "{broken}");
 }

@@ -12,11 +12,11 @@ use vmm_sys_util::eventfd::EventFd;
 use super::path::{Finish, Path};
 use super::slots::Slots;
 use super::token::Token;
-use super::{Command, Report, StopMode, TableEpoch, VringId, VringSetup};
+use super::{Command, LogSetup, Report, StopMode, TableEpoch, VringId, VringSetup};
 use crate::blk::BlkDevice;
 use crate::fds::borrow;
 use crate::limits::{MAX_BOUNCE_BYTES, MAX_REQUEST_BYTES};
-use crate::vring::{Draining, RingBroken, Started, Stopped};
+use crate::vring::{Draining, RingBroken, Started, Stopped, logs_all};
 
 /// Chains a vring may have started before other vrings, commands and completions get their turn.
 const CHAINS_PER_TURN: usize = 128;
@@ -204,6 +204,7 @@ impl Attachment {
 
     /// Publishes what was used since the last time, and answers what waited for it.
     pub(super) fn publish(&mut self, lent: &mut Lent<'_>) {
+        let mut poke = false;
         while let Some(local) = self.path.touched.pop() {
             let Some(vring) = in_flight_vring(&mut self.vrings, local) else {
                 continue;
@@ -214,6 +215,14 @@ impl Attachment {
                 self.path.counters.calls.add(1);
                 lent.ring.notify(borrow(call));
             }
+            poke = true;
+        }
+        if poke
+            && self.path.logging
+            && let Some(setup) = &self.path.log
+            && let Some(event) = &setup.event
+        {
+            lent.ring.notify(borrow(event));
         }
         if self.draining > 0 {
             self.finish_draining(lent);
@@ -298,14 +307,45 @@ impl Attachment {
                 }
             }
             Command::SetFeatures(_, features) => {
-                for vring in &mut self.vrings {
-                    if let Vring::Started(vring) = vring {
+                self.path.logging = logs_all(features);
+                for local in 0..self.vrings.len() {
+                    if let Some(vring) = in_flight_vring(&mut self.vrings, local) {
                         vring.set_features(features);
                     }
+                }
+                self.relog();
+            }
+            Command::SetLog(_, log) => {
+                self.replace_log(log, lent);
+                self.relog();
+            }
+            Command::SetUsedLog(id, guest) => {
+                let local = usize::from(id.index) / self.share.of;
+                if let Some(vring) = in_flight_vring(&mut self.vrings, local) {
+                    vring.set_log_used(guest);
+                    vring.relog(self.path.log.as_ref().map(|setup| &setup.log));
                 }
             }
             Command::Fence(device, number) => lent.reports.push(Report::Fenced(device, number)),
             Command::Quit => {}
+        }
+    }
+
+    fn replace_log(&mut self, log: Option<Box<LogSetup>>, lent: &mut Lent<'_>) {
+        let old = std::mem::replace(&mut self.path.log, log);
+        lent.outgoing.extend(old.and_then(|setup| setup.event));
+    }
+
+    /// The log, or whether it is used, changed for all vrings.
+    fn relog(&mut self) {
+        let log = self.path.log.as_ref().map(|setup| &setup.log);
+        for local in 0..self.vrings.len() {
+            if let Some(vring) = in_flight_vring(&mut self.vrings, local) {
+                vring.relog(log);
+                if !self.ready.contains(&local) {
+                    self.ready.push(local);
+                }
+            }
         }
     }
 
@@ -345,7 +385,9 @@ impl Attachment {
             return;
         }
         match Stopped::start(setup, self.path.view.table()) {
-            Ok(vring) => {
+            Ok(mut vring) => {
+                self.path.logging = logs_all(vring.features());
+                vring.relog(self.path.log.as_ref().map(|setup| &setup.log));
                 debug!("{}: vring {} starts", self.path.device.name(), id.index);
                 call_once(&vring, lent.ring);
                 self.vrings[local] = Vring::Started(vring);
@@ -376,30 +418,46 @@ impl Attachment {
                 let Vring::Started(mut vring) = taken else {
                     return;
                 };
-                if mode == StopMode::Abandon {
-                    for _ in 0..self.path.abandon_parked(local) {
-                        vring.settle(None);
+                match mode {
+                    StopMode::Drain => self.take_again(&mut vring, local, lent),
+                    StopMode::Suspend => {
+                        give_up(&mut self.path, &mut vring, local);
+                        self.path.abort(local, lent);
                     }
+                    StopMode::Abandon => give_up(&mut self.path, &mut vring, local),
                 }
                 vring.unwatch_kick(lent.ring);
                 self.vrings[local] = Vring::Draining(vring.drain(mode));
                 self.draining += 1;
             }
             // A front end that hangs up while it waits for a drain turns it into an abandonment.
-            Some(Vring::Draining(draining)) => {
-                if mode == StopMode::Abandon {
+            Some(Vring::Draining(draining)) => match mode {
+                StopMode::Drain => {}
+                StopMode::Suspend | StopMode::Abandon => {
                     draining.mode = mode;
-                    for _ in 0..self.path.abandon_parked(local) {
-                        draining.vring.settle(None);
+                    give_up(&mut self.path, &mut draining.vring, local);
+                    if mode == StopMode::Suspend {
+                        self.path.abort(local, lent);
                     }
                 }
-            }
+            },
             Some(Vring::Stopped(stopped)) => {
                 let next_avail = stopped.next_avail();
                 lent.reports.push(Report::Stopped { id, next_avail });
             }
             None => lent.reports.push(Report::Stopped { id, next_avail: 0 }),
         }
+    }
+
+    /// A stop waits for what is in flight, and what an earlier daemon had in flight is: it is begun
+    /// now, unless nothing may be.
+    fn take_again(&mut self, vring: &mut Started, local: usize, lent: &mut Lent<'_>) {
+        while vring.may_take()
+            && let Some(head) = vring.take_again()
+        {
+            self.path.start(vring, local, head, lent);
+        }
+        vring.leave_again();
     }
 
     fn set_kick(&mut self, id: VringId, kick: Option<EventFd>, lent: &mut Lent<'_>) {
@@ -453,6 +511,14 @@ fn call_once(vring: &Started, ring: &mut Ring) {
     if let Some(call) = &vring.fds.call {
         ring.notify(borrow(call));
     }
+}
+
+/// Gives up what is not with the device; what is recorded stays so.
+fn give_up(path: &mut Path, vring: &mut Started, local: usize) {
+    for _ in 0..path.abandon_parked(local) {
+        vring.settle(None);
+    }
+    vring.leave_again();
 }
 
 /// A vring that may have requests in flight.

@@ -6,9 +6,10 @@
 
 use std::sync::Arc;
 
-use iov_iter::MemoryTable;
+use iov_iter::{MemoryTable, SharedLog};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::inflight::QueueRegion;
 use crate::vring::Addresses;
 
 /// A device's place in the daemon.
@@ -42,6 +43,10 @@ pub enum Enablement {
 pub enum StopMode {
     /// They are finished and published (GET_VRING_BASE).
     Drain,
+    /// The front end does not want to wait: they are taken back from the device, and stay recorded
+    /// in the in-flight region (GET_VRING_BASE_SKIP_DRAIN). Only for devices that can
+    /// ([`blockdev::Abort::Possible`]).
+    Suspend,
     /// The front end is gone: they are waited for and abandoned, guest memory is not written.
     Abandon,
 }
@@ -53,8 +58,14 @@ pub struct VringSetup {
     pub size: u16,
     /// Where its parts are, as front-end addresses: they are resolved again at every new table.
     pub addresses: Addresses,
-    /// The avail index to pop next (SET_VRING_BASE).
+    /// The avail index to pop next (SET_VRING_BASE). With an in-flight region it is not looked at:
+    /// what is recorded there and the used index say where to go on.
     pub next_avail: u16,
+    /// The vring's part of the in-flight region, if the front end has one.
+    pub inflight: Option<QueueRegion>,
+    /// The guest address to log writes to the used ring at, where the front end wants them logged
+    /// (VHOST_VRING_F_LOG).
+    pub log_used: Option<u64>,
     /// The acknowledged virtio features.
     pub features: u64,
     /// Whether it may be popped at once.
@@ -66,6 +77,15 @@ pub struct VringSetup {
     pub call: Option<EventFd>,
     /// Signalled by us when the vring broke.
     pub err: Option<EventFd>,
+}
+
+/// The log a front end set.
+#[derive(Debug)]
+pub struct LogSetup {
+    /// The log.
+    pub log: SharedLog,
+    /// Signalled when something was marked (SET_LOG_FD), if the front end wants that.
+    pub event: Option<EventFd>,
 }
 
 /// What the control thread asks.
@@ -94,8 +114,15 @@ pub enum Command {
     SetCall(VringId, Option<EventFd>),
     /// Replace the err of a started vring.
     SetErr(VringId, Option<EventFd>),
-    /// The features the driver acknowledged changed (SET_FEATURES on running vrings).
+    /// The features the driver acknowledged changed (SET_FEATURES on running vrings). With
+    /// VHOST_F_LOG_ALL among them nothing is popped before there is a log.
     SetFeatures(DeviceId, u64),
+    /// Mark what is changed in this log from now on, or in none (SET_LOG_BASE). Not answered:
+    /// after a [`Fence`](Self::Fence) nobody marks an earlier one.
+    SetLog(DeviceId, Option<Box<LogSetup>>),
+    /// Log writes to the used ring of a started vring at this guest address, or not at all
+    /// (SET_VRING_ADDR). Not answered; applied in order.
+    SetUsedLog(VringId, Option<u64>),
     /// Answered by [`Report::Fenced`] with the same number: everything sent before it is in force.
     Fence(DeviceId, u64),
     /// Leave, once every request came back. The answer is the end of the thread.
@@ -109,13 +136,15 @@ impl Command {
         match self {
             Command::SetTable { device, .. }
             | Command::SetFeatures(device, _)
+            | Command::SetLog(device, _)
             | Command::Fence(device, _) => *device,
             Command::Start(id, _)
             | Command::Stop(id, _)
             | Command::Enable(id, _)
             | Command::SetKick(id, _)
             | Command::SetCall(id, _)
-            | Command::SetErr(id, _) => id.device,
+            | Command::SetErr(id, _)
+            | Command::SetUsedLog(id, _) => id.device,
             Command::Quit => DeviceId(0),
         }
     }

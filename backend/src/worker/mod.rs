@@ -13,6 +13,6 @@ mod slots;
 mod token;
 
 pub use command::{
-    Command, DeviceId, Enablement, Report, StopMode, TableEpoch, VringId, VringSetup,
+    Command, DeviceId, Enablement, LogSetup, Report, StopMode, TableEpoch, VringId, VringSetup,
 };
 pub use pool::{WorkerError, Workers, WorkersConfig};

@@ -7,15 +7,15 @@ use std::sync::Arc;
 
 use blockdev::{Channel, Completion, Durability, IoError, Op, Tag};
 use iov_iter::{BrokenChain, Chain, ChainFault, ChainLimits, ExtractErrorKind};
-use iov_iter::{Hold, IovIter, Source, View};
+use iov_iter::{DirtyLog, Hold, IovIter, Source, View};
 use log::{error, warn};
 
 use super::attachment::Lent;
 use super::log_gate::LogGate;
 use super::slots::{InFlight, Job};
-use super::{StopMode, VringId};
+use super::{LogSetup, StopMode, VringId};
 use crate::blk::{
-    Admitted, BlkDevice, Counters, Driver, Kind, Profile, Range, RangeOp, Request, Status,
+    Admitted, BlkDevice, Counters, Driver, Kind, Profile, Range, RangeOp, Request, Status, refuse,
 };
 use crate::limits::{MAX_CHAIN_BYTES, MAX_SEGMENTS};
 use crate::vring::{Started, Used};
@@ -45,6 +45,10 @@ pub(super) struct Path {
     pub(super) parked: VecDeque<Parked>,
     /// Vrings with used elements to publish.
     pub(super) touched: Vec<usize>,
+    /// The log the front end set, whether it wants it written now or not.
+    pub(super) log: Option<Box<LogSetup>>,
+    /// Whether it wants it written (VHOST_F_LOG_ALL).
+    pub(super) logging: bool,
     profile: Profile,
     place: usize,
     ranges: Vec<Range>,
@@ -76,12 +80,26 @@ impl Path {
             view,
             parked: VecDeque::new(),
             touched: Vec::new(),
+            log: None,
+            logging: false,
             place,
             ranges: Vec::new(),
             broken_chains: LogGate::default(),
             broken_vrings: LogGate::default(),
             failures: LogGate::default(),
         }
+    }
+
+    /// Where changes of guest memory are to be marked. Asked for when they are all made, not
+    /// before: the front end switches it while requests are on their way.
+    #[inline]
+    fn dirty(&self) -> Option<&dyn DirtyLog> {
+        if !self.logging {
+            return None;
+        }
+        self.log
+            .as_ref()
+            .map(|setup| -> &dyn DirtyLog { &setup.log })
     }
 
     /// What the driver of a vring negotiated.
@@ -144,7 +162,7 @@ impl Path {
             hold,
         } = broken;
         if let Some(status) = status {
-            status.write(&hold, Status::IoErr.byte());
+            refuse(&status, &hold, Status::IoErr, self.dirty());
         }
         if matches!(fault, ChainFault::HeadOutOfRange { .. }) {
             vring.break_down();
@@ -161,7 +179,7 @@ impl Path {
             Err(malformed) => {
                 self.counters.broken_chains.add(1);
                 if let Some(status) = malformed.status {
-                    status.write(&malformed.hold, Status::IoErr.byte());
+                    refuse(&status, &malformed.hold, Status::IoErr, self.dirty());
                 }
                 return Step::Ended(Used { head, len: 0 });
             }
@@ -303,6 +321,14 @@ impl Path {
         }
     }
 
+    /// Takes back what the device has of one vring, as far as it can.
+    pub(super) fn abort(&mut self, vring: usize, lent: &mut Lent<'_>) {
+        let Path { channel, place, .. } = self;
+        for tag in lent.slots.tags_of(*place, vring) {
+            channel.abort(lent.ring, tag);
+        }
+    }
+
     /// Gives up what is parked of one vring; says how many requests that were.
     pub(super) fn abandon_parked(&mut self, vring: usize) -> usize {
         let waiting = self.parked.len();
@@ -310,7 +336,7 @@ impl Path {
             match self.parked.pop_front() {
                 Some(parked) if parked.vring == vring => {
                     self.counters.abandoned.add(1);
-                    parked.request.abandon(parked.hold);
+                    parked.request.abandon(parked.hold, self.dirty());
                 }
                 Some(other) => self.parked.push_back(other),
                 None => {}
@@ -344,9 +370,9 @@ impl Path {
             return Finish::GoesOn;
         };
         match (mode, op) {
-            (StopMode::Abandon, op) => {
+            (StopMode::Abandon | StopMode::Suspend, op) => {
                 self.counters.abandoned.add(1);
-                request.abandon(into_hold(op));
+                request.abandon(into_hold(op), self.dirty());
                 Finish::Abandoned
             }
             (StopMode::Drain, Op::Read { into, .. }) => {
@@ -366,7 +392,7 @@ impl Path {
         if status == Status::IoErr {
             self.counters.errors.add(1);
         }
-        request.finish(hold, moved, status)
+        request.finish(hold, moved, status, self.dirty())
     }
 
     /// Turns an outcome into a status; what failed on the host's side is said, now and then.

@@ -72,6 +72,14 @@ impl Slots {
         self.slots.get(place(tag)).map_or(&[], |slot| &slot.ranges)
     }
 
+    /// The tags of a vring's requests.
+    pub(super) fn tags_of(&self, device: usize, vring: usize) -> impl Iterator<Item = Tag> {
+        (0..).zip(&self.slots).filter_map(move |(tag, slot)| {
+            let in_flight = slot.in_flight.as_ref()?;
+            (in_flight.device == device && in_flight.vring == vring).then_some(Tag(tag))
+        })
+    }
+
     /// The request at `tag`, which stays.
     pub(super) fn get_mut(&mut self, tag: Tag) -> Option<&mut InFlight> {
         self.slots.get_mut(place(tag))?.in_flight.as_mut()

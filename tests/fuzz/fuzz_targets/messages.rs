@@ -188,7 +188,7 @@ impl Notes {
                 *life = Life::Stopping;
                 self.tell(worker, Report::Stopped { id, next_avail: 0 });
             }
-            (Life::Stopping, StopMode::Abandon) => {}
+            (Life::Stopping, StopMode::Abandon | StopMode::Suspend) => {}
             (Life::Stopping, StopMode::Drain) | (Life::Stopped, _) => {
                 panic!("{id:?} is {life:?} and told to {mode:?}")
             }
@@ -240,9 +240,10 @@ impl Crew for Notes {
             Command::Enable(id, _)
             | Command::SetKick(id, _)
             | Command::SetCall(id, _)
-            | Command::SetErr(id, _) => self.started(id),
+            | Command::SetErr(id, _)
+            | Command::SetUsedLog(id, _) => self.started(id),
             Command::Fence(device, fence) => self.tell(worker, Report::Fenced(device, fence)),
-            Command::SetFeatures(..) | Command::Quit => {}
+            Command::SetFeatures(..) | Command::SetLog(..) | Command::Quit => {}
         }
     }
 }
