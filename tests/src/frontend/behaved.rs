@@ -9,10 +9,12 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vublk::fds::borrow;
 
 use super::peer::{code, region_payload, words};
-use super::{Descriptor, DriverRing, GuestRam, Kind, Outcome, Peer};
+use super::{Descriptor, DirtyLog, DriverRing, GuestRam, InflightFile, Kind, Outcome, Peer};
 
 /// VIRTIO_F_VERSION_1.
 const VERSION_1: u64 = 1 << 32;
+/// VHOST_F_LOG_ALL.
+pub const LOG_ALL: u64 = 1 << 26;
 /// VHOST_USER_F_PROTOCOL_FEATURES.
 const PROTOCOL_FEATURES: u64 = 1 << 30;
 /// How long a request may take before the test is given up.
@@ -54,6 +56,8 @@ pub struct Vring {
     pub call: EventFd,
     /// Its err.
     pub err: EventFd,
+    /// Whether writes to the used ring are to be logged (VHOST_VRING_F_LOG).
+    pub log_used: bool,
     /// Where its requests' bytes are.
     buffers: u64,
     /// What came back before it was asked for, by head.
@@ -113,6 +117,7 @@ impl FrontEnd {
                 kick: event()?,
                 call: event()?,
                 err: event()?,
+                log_used: false,
                 came: HashMap::new(),
             });
         }
@@ -126,10 +131,9 @@ impl FrontEnd {
     pub fn negotiate(&self, features: u64) -> Outcome {
         let FrontEnd { peer, .. } = self;
         peer.tell(code::SET_OWNER, &[], &[])?;
-        let offered = peer.ask_number(code::GET_FEATURES)?;
         let protocol = peer.ask_number(code::GET_PROTOCOL_FEATURES)?;
         peer.tell(code::SET_PROTOCOL_FEATURES, &protocol.to_ne_bytes(), &[])?;
-        let acked = offered & (VERSION_1 | PROTOCOL_FEATURES | features);
+        let acked = self.acked(features)?;
         Ok(peer.confirm(code::SET_FEATURES, &acked.to_ne_bytes(), &[])?)
     }
 
@@ -165,6 +169,76 @@ impl FrontEnd {
         peer.confirm(code::SET_VRING_CALL, &file, &[borrow(&vring.call)])?;
         peer.confirm(code::SET_VRING_KICK, &file, &[borrow(&vring.kick)])?;
         Ok(peer.confirm(code::SET_VRING_ENABLE, &words(&[n, 1]), &[])?)
+    }
+
+    /// Goes on with another daemon, or over another connection, as a front end does that
+    /// reconnects: everything is said again, the in-flight region is handed over, and vrings start
+    /// at a base that means nothing.
+    ///
+    /// # Errors
+    /// When the daemon refuses any of it.
+    pub fn reconnect(&mut self, peer: Peer, features: u64, inflight: &InflightFile) -> Outcome {
+        self.peer = peer;
+        self.negotiate(features)?;
+        inflight.set(&self.peer)?;
+        self.share_memory()?;
+        for index in 0..u16::try_from(self.vrings.len())? {
+            self.start_vring(index, 0x1234)?;
+        }
+        Ok(())
+    }
+
+    /// Sets a log, and has the daemon log everything in it, used rings included.
+    ///
+    /// # Errors
+    /// When the daemon refuses any of it.
+    pub fn start_logging(&mut self, log: &DirtyLog, features: u64) -> Outcome {
+        self.set_log(log)?;
+        let acked = self.acked(features | LOG_ALL)?;
+        self.peer
+            .confirm(code::SET_FEATURES, &acked.to_ne_bytes(), &[])?;
+        self.log_used_rings(true)
+    }
+
+    /// Sets a log, or swaps it.
+    ///
+    /// # Errors
+    /// When the daemon refuses.
+    pub fn set_log(&self, log: &DirtyLog) -> Outcome {
+        let payload = log.payload();
+        self.peer.tell(code::SET_LOG_BASE, &payload, &[log.fd()])?;
+        let reply = self.peer.reply_to(code::SET_LOG_BASE)?.payload;
+        match u64::from_ne_bytes(reply.as_slice().try_into()?) {
+            0 => Ok(()),
+            refused => Err(format!("SET_LOG_BASE was answered with {refused}").into()),
+        }
+    }
+
+    /// Has the daemon log nothing any more.
+    ///
+    /// # Errors
+    /// When it refuses.
+    pub fn stop_logging(&mut self, features: u64) -> Outcome {
+        let acked = self.acked(features)?;
+        self.peer
+            .confirm(code::SET_FEATURES, &acked.to_ne_bytes(), &[])?;
+        self.log_used_rings(false)
+    }
+
+    /// Switches the logging of every used ring.
+    fn log_used_rings(&mut self, log_used: bool) -> Outcome {
+        let FrontEnd { peer, vrings, .. } = self;
+        for (index, vring) in (0..).zip(vrings) {
+            vring.log_used = log_used;
+            peer.confirm(code::SET_VRING_ADDR, &vring.addr_payload(index), &[])?;
+        }
+        Ok(())
+    }
+
+    /// What is acknowledged of the offered features.
+    fn acked(&self, features: u64) -> Outcome<u64> {
+        let offered = self.peer.ask_number(code::GET_FEATURES)?;
+        Ok(offered & (VERSION_1 | PROTOCOL_FEATURES | features))
     }
 
     /// A vring.
@@ -296,7 +370,7 @@ impl Vring {
     /// The payload of SET_VRING_ADDR.
     #[must_use]
     pub fn addr_payload(&self, index: u32) -> Vec<u8> {
-        let mut payload = words(&[index, 0]);
+        let mut payload = words(&[index, u32::from(self.log_used)]);
         for address in self.ring.addresses() {
             payload.extend(address.to_ne_bytes());
         }

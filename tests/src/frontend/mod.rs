@@ -5,18 +5,23 @@
 //! - [`GuestRam`] is memory in a memfd, as a front end shares it.
 //! - [`DriverRing`] is the driver's half of a split ring, with nothing checked.
 //! - [`FrontEnd`] puts them together and behaves.
+//! - [`DirtyLog`] and [`InflightFile`] are what a front end shares for migrations and crashes.
 //! - [`Served`] is the daemon itself, on a thread of this process.
 
 mod behaved;
 mod driver;
+mod inflight;
+mod log;
 mod peer;
 mod ram;
 mod served;
 
 use std::error::Error;
 
-pub use behaved::{FrontEnd, Options, Vring, wait_readable};
+pub use behaved::{FrontEnd, LOG_ALL, Options, Vring, wait_readable};
 pub use driver::{Chain, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, DriverRing, Kind};
+pub use inflight::InflightFile;
+pub use log::{DirtyLog, PAGE};
 pub use peer::{
     Answer, CALL, CODES, NEED_REPLY, NO_FD, Peer, PeerError, VERSION, code, outgoing_bytes,
     region_payload, words,

@@ -4,6 +4,7 @@
     reason = "SIOCOUTQ is an ioctl that no crate at hand wraps"
 )]
 
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -24,6 +25,7 @@ pub mod code {
     pub const RESET_OWNER: u32 = 4;
     pub const SET_MEM_TABLE: u32 = 5;
     pub const SET_LOG_BASE: u32 = 6;
+    pub const SET_LOG_FD: u32 = 7;
     pub const SET_VRING_NUM: u32 = 8;
     pub const SET_VRING_ADDR: u32 = 9;
     pub const SET_VRING_BASE: u32 = 10;
@@ -39,11 +41,14 @@ pub mod code {
     pub const GET_CONFIG: u32 = 24;
     pub const SET_CONFIG: u32 = 25;
     pub const GET_INFLIGHT_FD: u32 = 31;
+    pub const SET_INFLIGHT_FD: u32 = 32;
     pub const RESET_DEVICE: u32 = 34;
     pub const GET_MAX_MEM_SLOTS: u32 = 36;
     pub const ADD_MEM_REG: u32 = 37;
     pub const REM_MEM_REG: u32 = 38;
+    pub const SET_DEVICE_STATE_FD: u32 = 42;
     pub const CHECK_DEVICE_STATE: u32 = 43;
+    pub const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
 }
 
 /// Every code of the specification.
@@ -218,6 +223,33 @@ impl Peer {
         Ok(self.reply_to(code)?.payload)
     }
 
+    /// Sends a message whose answer brings a descriptor, and gives both; no descriptor where none
+    /// came.
+    ///
+    /// # Errors
+    /// When there is no answer, or one of another message.
+    pub fn ask_file(
+        &self,
+        code: u32,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(Vec<u8>, Option<File>), PeerError> {
+        self.tell(code, payload, fds)?;
+        let mut header = [0; 12];
+        let (count, file) = self
+            .0
+            .recv_with_fd(&mut header)
+            .map_err(|errno| io::Error::from_raw_os_error(errno.errno()))?;
+        match count {
+            0 => return Err(PeerError::Gone),
+            12 => {}
+            _ => return Err(size(code, 12, count)),
+        }
+        let answer = self.body(&header)?;
+        Peer::check(code, &answer)?;
+        Ok((answer.payload, file))
+    }
+
     /// As [`ask`](Self::ask), with NEED_REPLY as well: there is still one answer only.
     ///
     /// # Errors
@@ -272,7 +304,12 @@ impl Peer {
     /// When it is not.
     pub fn reply_to(&self, code: u32) -> Result<Answer, PeerError> {
         let answer = self.reply()?;
-        // QEMU compares the flags of a reply with exactly these.
+        Peer::check(code, &answer)?;
+        Ok(answer)
+    }
+
+    /// Whether the answer is the message's. QEMU compares the flags of a reply with exactly these.
+    fn check(code: u32, answer: &Answer) -> Result<(), PeerError> {
         if answer.code != code || answer.flags != REPLY {
             return Err(PeerError::NotIts {
                 code,
@@ -280,7 +317,7 @@ impl Peer {
                 flags: answer.flags,
             });
         }
-        Ok(answer)
+        Ok(())
     }
 
     /// The next reply.
@@ -289,6 +326,11 @@ impl Peer {
     /// When there is none.
     pub fn reply(&self) -> Result<Answer, PeerError> {
         let header = self.take(12)?;
+        self.body(&header)
+    }
+
+    /// The answer that a header begins.
+    fn body(&self, header: &[u8]) -> Result<Answer, PeerError> {
         let mut fields = header
             .chunks_exact(4)
             .map(|bytes| match <[u8; 4]>::try_from(bytes) {
