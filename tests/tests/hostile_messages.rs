@@ -110,7 +110,7 @@ const CASES: &[Case] = &[
     (
         "a log without its feature",
         |p| p.tell(6, &[0; 16], &[]),
-        End::Open,
+        End::Closed,
     ),
     ("postcopy", |p| p.tell(29, &[], &[]), End::Open),
     ("a device state", |p| p.tell(43, &[], &[]), End::Open),

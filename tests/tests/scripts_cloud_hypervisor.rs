@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 
 use vublk::fds::borrow;
 use vublk_tests::frontend::{
-    FrontEnd, GuestRam, Layout, Options, Outcome, Served, code, region_payload, words,
+    FrontEnd, GuestRam, LOG_ALL, Layout, Options, Outcome, Served, code, region_payload, words,
 };
 
 /// blk.rs: SIZE_MAX, SEG_MAX, GEOMETRY, RO, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, DISCARD,
@@ -76,7 +76,9 @@ impl CloudHypervisor {
     /// setup_vhost_user; every message is acknowledged.
     fn activate(&self) -> Outcome {
         let peer = &self.front_end.peer;
-        peer.confirm(code::SET_FEATURES, &self.acked.to_ne_bytes(), &[])?;
+        // What the guest's driver acknowledged: it does not know the log's bit.
+        let acked = self.acked & !LOG_ALL;
+        peer.confirm(code::SET_FEATURES, &acked.to_ne_bytes(), &[])?;
         self.front_end.share_memory()?;
         for (index, vring) in (0_u32..).zip(&self.front_end.vrings) {
             let size = u32::from(vring.ring.size());

@@ -50,8 +50,10 @@ fn the_numbers_are_those_of_the_limits() -> Outcome {
     let served = Served::start()?;
     let peer = served.connect()?;
     let offered = peer.ask_number(code::GET_PROTOCOL_FEATURES)?;
-    // MQ, REPLY_ACK, BACKEND_REQ, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS.
-    assert_eq!(offered, 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 13 | 1 << 15);
+    // MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE,
+    // CONFIGURE_MEM_SLOTS.
+    let bits = [0, 1, 3, 5, 9, 12, 13, 15];
+    assert_eq!(offered, bits.iter().map(|bit| 1 << bit).sum::<u64>());
     peer.tell(code::SET_PROTOCOL_FEATURES, &offered.to_ne_bytes(), &[])?;
     assert_eq!(peer.ask_number(code::GET_QUEUE_NUM)?, 256);
     assert_eq!(peer.ask_number(code::GET_MAX_MEM_SLOTS)?, 509);

@@ -154,6 +154,17 @@ impl BlkDevice {
         Ok(())
     }
 
+    /// The write cache as it is configured.
+    #[must_use]
+    pub fn write_cache(&self) -> WriteCache {
+        self.configured_cache()
+    }
+
+    /// Configures the write cache as it was before this device came into its place.
+    pub fn set_write_cache(&self, cache: WriteCache) {
+        self.cache.store(cache as u8, Ordering::Release);
+    }
+
     /// The write cache a driver with these features gets: the one it configured if it may, else
     /// none unless it knows how to flush it (virtio 5.2.5.2).
     #[inline]

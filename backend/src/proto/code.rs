@@ -59,6 +59,9 @@ impl Code {
             Req::SET_DEVICE_STATE_FD | Req::CHECK_DEVICE_STATE => Answer::Status,
             Req::GET_FEATURES
             | Req::GET_VRING_BASE
+            // Front ends that wait for its answer do not look whether it says no, and a log that
+            // is not written loses pages: a refusal ends the connection.
+            | Req::SET_LOG_BASE
             | Req::GET_PROTOCOL_FEATURES
             | Req::GET_QUEUE_NUM
             | Req::CREATE_CRYPTO_SESSION
@@ -73,7 +76,6 @@ impl Code {
             | Req::SET_OWNER
             | Req::RESET_OWNER
             | Req::SET_MEM_TABLE
-            | Req::SET_LOG_BASE
             | Req::SET_LOG_FD
             | Req::SET_VRING_NUM
             | Req::SET_VRING_ADDR

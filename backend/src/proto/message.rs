@@ -3,24 +3,16 @@
 use std::os::fd::OwnedFd;
 
 use thiserror::Error;
-use vhost::vhost_user::message::{
-    FrontendReq, VhostUserConfig, VhostUserMemory, VhostUserMemoryRegion, VhostUserMsgValidator,
-    VhostUserSingleMemoryRegion, VhostUserU64, VhostUserVringAddr, VhostUserVringState,
-};
-use vm_memory::ByteValued;
+use vhost::vhost_user::message::FrontendReq;
 
 use super::code::Code;
+use super::payload::{
+    backend_channel, bare, config, inflight, log_base, log_file, memory_table, number, set_config,
+    single, single_region, state, vring_addr, vring_file,
+};
+use crate::inflight::Description;
 use crate::limits::MAX_MESSAGE_FDS;
 use crate::vring::Addresses;
-
-/// Bits of SET_VRING_KICK, CALL and ERR that hold the vring's index.
-const VRING_INDEX_MASK: u64 = 0xff;
-
-/// Bit of SET_VRING_KICK, CALL and ERR that says that no file descriptor comes with it.
-const VRING_NO_FD: u64 = 1 << 8;
-
-/// VHOST_VRING_F_LOG: writes to the used ring are to be logged (vhost-user, *Migration*).
-const VRING_F_LOG: u32 = 1;
 
 /// A memory region as a message describes it; every sum of it was checked to fit 64 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +25,17 @@ pub struct RegionMessage {
     pub front_end_addr: u64,
     /// Where the region starts in its file, in bytes.
     pub mmap_offset: u64,
+}
+
+/// How an in-flight description is written: the specification's structure has 20 bytes, and front
+/// ends that take a C compiler's layout for it have four more at its end. The answer is as long as
+/// the question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InflightLayout {
+    /// 20 bytes.
+    Packed,
+    /// 24 bytes.
+    Padded,
 }
 
 /// A range of the configuration space.
@@ -135,6 +138,26 @@ pub enum Message {
     ResetDevice,
     /// How many memory regions may there be?
     GetMaxMemSlots,
+    /// Log changes of guest memory here.
+    SetLogBase {
+        /// Bytes of the log.
+        size: u64,
+        /// Where it starts in its file, in bytes.
+        offset: u64,
+        /// Its file.
+        file: OwnedFd,
+    },
+    /// Signal this when something was logged.
+    SetLogFd(OwnedFd),
+    /// Make an in-flight region.
+    GetInflightFd {
+        /// What it is for; only the numbers of vrings and entries mean something.
+        wanted: Description,
+        /// How that was written.
+        layout: InflightLayout,
+    },
+    /// Use this in-flight region.
+    SetInflightFd(Description, OwnedFd),
     /// Adds a region to the memory table.
     AddMemReg(RegionMessage, OwnedFd),
     /// Removes a region from the memory table.
@@ -182,6 +205,7 @@ impl Message {
     ///
     /// # Errors
     /// When it is not a message that could be handled, whatever the session's state.
+    #[expect(clippy::too_many_lines, reason = "a line for each message there is")]
     pub fn decode(code: Code, payload: &[u8], fds: Vec<OwnedFd>) -> Result<Message, Malformed> {
         use FrontendReq as Req;
         let Some(request) = code.request() else {
@@ -232,9 +256,17 @@ impl Message {
             Req::ADD_MEM_REG => Ok(Message::AddMemReg(single_region(payload)?, single(fds)?)),
             // A descriptor may come with it and is closed unused (*REM_MEM_REG*).
             Req::REM_MEM_REG => Ok(Message::RemMemReg(single_region(payload)?)),
-            Req::SET_LOG_BASE
-            | Req::SET_LOG_FD
-            | Req::SEND_RARP
+            Req::SET_LOG_BASE => log_base(payload, fds),
+            Req::SET_LOG_FD => log_file(payload, fds),
+            Req::GET_INFLIGHT_FD => {
+                let (wanted, layout) = inflight(payload)?;
+                Ok(Message::GetInflightFd { wanted, layout })
+            }
+            Req::SET_INFLIGHT_FD => {
+                let (description, _) = inflight(payload)?;
+                Ok(Message::SetInflightFd(description, single(fds)?))
+            }
+            Req::SEND_RARP
             | Req::NET_SET_MTU
             | Req::IOTLB_MSG
             | Req::SET_VRING_ENDIAN
@@ -243,8 +275,6 @@ impl Message {
             | Req::POSTCOPY_ADVISE
             | Req::POSTCOPY_LISTEN
             | Req::POSTCOPY_END
-            | Req::GET_INFLIGHT_FD
-            | Req::SET_INFLIGHT_FD
             | Req::GPU_SET_SOCKET
             | Req::VRING_KICK
             | Req::SET_STATUS
@@ -255,173 +285,6 @@ impl Message {
             | Req::GET_SHMEM_CONFIG => Err(Malformed::NotOffered),
         }
     }
-}
-
-/// Reads a payload of exactly one `T`.
-fn exactly<T: ByteValued + Default>(payload: &[u8]) -> Result<T, Malformed> {
-    let mut value = T::default();
-    if payload.len() != size_of::<T>() {
-        return Err(Malformed::PayloadSize {
-            want: size_of::<T>(),
-            got: payload.len(),
-        });
-    }
-    value.as_mut_slice().copy_from_slice(payload);
-    Ok(value)
-}
-
-/// Reads the `T` a payload starts with, and gives what follows.
-fn leading<T: ByteValued + Default>(payload: &[u8]) -> Result<(T, &[u8]), Malformed> {
-    let (head, rest) = payload
-        .split_at_checked(size_of::<T>())
-        .ok_or(Malformed::PayloadSize {
-            want: size_of::<T>(),
-            got: payload.len(),
-        })?;
-    Ok((exactly(head)?, rest))
-}
-
-fn bare(payload: &[u8], message: Message) -> Result<Message, Malformed> {
-    nothing(payload)?;
-    Ok(message)
-}
-
-fn nothing(payload: &[u8]) -> Result<(), Malformed> {
-    if payload.is_empty() {
-        return Ok(());
-    }
-    Err(Malformed::PayloadSize {
-        want: 0,
-        got: payload.len(),
-    })
-}
-
-fn number(payload: &[u8]) -> Result<u64, Malformed> {
-    Ok(exactly::<VhostUserU64>(payload)?.value)
-}
-
-fn state(payload: &[u8], build: impl Fn(u32, u32) -> Message) -> Result<Message, Malformed> {
-    let state: VhostUserVringState = exactly(payload)?;
-    Ok(build(state.index, state.num))
-}
-
-fn vring_addr(payload: &[u8]) -> Result<Message, Malformed> {
-    let addr: VhostUserVringAddr = exactly(payload)?;
-    if !addr.is_valid() {
-        return Err(Malformed::VringAddr);
-    }
-    Ok(Message::SetVringAddr {
-        index: addr.index,
-        addresses: Addresses {
-            desc: addr.descriptor,
-            avail: addr.available,
-            used: addr.used,
-        },
-        log_used: addr.flags & VRING_F_LOG != 0,
-        log_addr: addr.log,
-    })
-}
-
-/// A kick, call or err: its vring, and the descriptor if the message announces one.
-fn vring_file(
-    payload: &[u8],
-    fds: Vec<OwnedFd>,
-    build: impl FnOnce(u32, Option<OwnedFd>) -> Message,
-) -> Result<Message, Malformed> {
-    let value = number(payload)?;
-    let index = u32::try_from(value & VRING_INDEX_MASK).unwrap_or(u32::MAX);
-    if value & VRING_NO_FD == 0 {
-        return Ok(build(index, Some(single(fds)?)));
-    }
-    if fds.is_empty() {
-        return Ok(build(index, None));
-    }
-    Err(Malformed::Descriptors {
-        want: 0,
-        got: fds.len(),
-    })
-}
-
-fn backend_channel(payload: &[u8], fds: Vec<OwnedFd>) -> Result<Message, Malformed> {
-    nothing(payload)?;
-    Ok(Message::SetBackendReqFd(single(fds)?))
-}
-
-fn single(fds: Vec<OwnedFd>) -> Result<OwnedFd, Malformed> {
-    match <[OwnedFd; 1]>::try_from(fds) {
-        Ok([fd]) => Ok(fd),
-        Err(fds) => Err(Malformed::Descriptors {
-            want: 1,
-            got: fds.len(),
-        }),
-    }
-}
-
-fn memory_table(payload: &[u8], fds: Vec<OwnedFd>) -> Result<Message, Malformed> {
-    let (table, rest): (VhostUserMemory, _) = leading(payload)?;
-    let announced = table.num_regions;
-    let count = usize::try_from(announced).unwrap_or(usize::MAX);
-    if count > MAX_MESSAGE_FDS {
-        return Err(Malformed::Regions(announced));
-    }
-    let region_bytes = size_of::<VhostUserMemoryRegion>();
-    let want = count.saturating_mul(region_bytes);
-    if rest.len() != want {
-        return Err(Malformed::PayloadSize {
-            want,
-            got: rest.len(),
-        });
-    }
-    if fds.len() != count {
-        return Err(Malformed::Descriptors {
-            want: count,
-            got: fds.len(),
-        });
-    }
-    let mut regions = Vec::with_capacity(count);
-    for (place, (bytes, fd)) in rest.chunks_exact(region_bytes).zip(fds).enumerate() {
-        regions.push((region(place, &exactly(bytes)?)?, fd));
-    }
-    Ok(Message::SetMemTable(regions))
-}
-
-fn single_region(payload: &[u8]) -> Result<RegionMessage, Malformed> {
-    let single: VhostUserSingleMemoryRegion = exactly(payload)?;
-    region(0, &single)
-}
-
-fn region(place: usize, region: &VhostUserMemoryRegion) -> Result<RegionMessage, Malformed> {
-    if !VhostUserMsgValidator::is_valid(region) {
-        return Err(Malformed::Region(place));
-    }
-    Ok(RegionMessage {
-        guest_addr: region.guest_phys_addr,
-        size: region.memory_size,
-        front_end_addr: region.user_addr,
-        mmap_offset: region.mmap_offset,
-    })
-}
-
-fn config(payload: &[u8]) -> Result<(ConfigRange, &[u8]), Malformed> {
-    let (config, bytes): (VhostUserConfig, _) = leading(payload)?;
-    let range = ConfigRange {
-        offset: config.offset,
-        size: config.size,
-        flags: config.flags,
-    };
-    Ok((range, bytes))
-}
-
-fn set_config(payload: &[u8]) -> Result<Message, Malformed> {
-    let (range, bytes) = config(payload)?;
-    let want = usize::try_from(range.size).unwrap_or(usize::MAX);
-    if bytes.len() != want {
-        return Err(Malformed::PayloadSize {
-            want,
-            got: bytes.len(),
-        });
-    }
-    Ok(Message::SetConfig(range, bytes.to_vec()))
 }
 
 #[cfg(test)]

@@ -11,11 +11,12 @@
 mod code;
 mod header;
 mod message;
+mod payload;
 mod reply;
 mod socket;
 
 pub use code::{Answer, Code};
 pub use header::{HEADER_BYTES, Header, StreamFault};
-pub use message::{ConfigRange, Malformed, Message, RegionMessage};
+pub use message::{ConfigRange, InflightLayout, Malformed, Message, RegionMessage};
 pub use reply::Reply;
 pub use socket::{Connection, ConnectionError, RawMessage};

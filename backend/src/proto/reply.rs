@@ -2,7 +2,8 @@
 
 use super::code::Code;
 use super::header::Header;
-use super::message::ConfigRange;
+use super::message::{ConfigRange, InflightLayout};
+use crate::inflight::Description;
 
 /// What a message is answered with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +19,16 @@ pub enum Reply {
     },
     /// A range of the configuration space and its bytes.
     Config(ConfigRange, Vec<u8>),
+    /// The log that was set, as it was described: libvhost-user answers with a number instead, some
+    /// front ends want this, and QEMU looks at neither.
+    Log {
+        /// Bytes of the log.
+        size: u64,
+        /// Where it starts in its file, in bytes.
+        offset: u64,
+    },
+    /// An in-flight region; its file comes with it.
+    Inflight(Description, InflightLayout),
     /// No payload at all, which says that the configuration space cannot be read (*GET_CONFIG*).
     ConfigError,
 }
@@ -39,6 +50,8 @@ impl Reply {
                 payload.extend_from_slice(bytes);
                 payload
             }
+            Reply::Log { size, offset } => [size.to_ne_bytes(), offset.to_ne_bytes()].concat(),
+            Reply::Inflight(description, layout) => inflight(description, *layout),
             Reply::ConfigError => Vec::new(),
         };
         let size = u32::try_from(payload.len()).unwrap_or(u32::MAX);
@@ -46,6 +59,23 @@ impl Reply {
         bytes.extend_from_slice(&payload);
         bytes
     }
+}
+
+fn inflight(description: &Description, layout: InflightLayout) -> Vec<u8> {
+    let Description {
+        mmap_size,
+        mmap_offset,
+        queues,
+        queue_size,
+    } = description;
+    let mut payload = [mmap_size.to_ne_bytes(), mmap_offset.to_ne_bytes()].concat();
+    payload.extend(queues.to_ne_bytes());
+    payload.extend(queue_size.to_ne_bytes());
+    match layout {
+        InflightLayout::Packed => {}
+        InflightLayout::Padded => payload.extend([0; 4]),
+    }
+    payload
 }
 
 fn numbers(values: &[u32]) -> Vec<u8> {
@@ -88,5 +118,27 @@ mod tests {
         assert_eq!(config, [start(24, 14), payload, vec![7, 9]].concat());
 
         assert_eq!(Reply::ConfigError.encode(Code(24)), start(24, 0));
+
+        let log = Reply::Log {
+            size: 4096,
+            offset: 1 << 40,
+        };
+        let payload = [4096_u64.to_ne_bytes(), (1_u64 << 40).to_ne_bytes()].concat();
+        assert_eq!(log.encode(Code(6)), [start(6, 16), payload].concat());
+
+        let region = Description {
+            mmap_size: 0x1234_5678_9abc,
+            mmap_offset: 64,
+            queues: 3,
+            queue_size: 0x8000,
+        };
+        let mut payload = [0x1234_5678_9abc_u64.to_ne_bytes(), 64_u64.to_ne_bytes()].concat();
+        payload.extend(3_u16.to_ne_bytes());
+        payload.extend(0x8000_u16.to_ne_bytes());
+        let packed = Reply::Inflight(region, InflightLayout::Packed).encode(Code(31));
+        assert_eq!(packed, [start(31, 20), payload.clone()].concat());
+        payload.extend([0; 4]);
+        let padded = Reply::Inflight(region, InflightLayout::Padded).encode(Code(31));
+        assert_eq!(padded, [start(31, 24), payload].concat());
     }
 }

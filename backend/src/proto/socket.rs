@@ -1,13 +1,14 @@
 //! The front end's socket: whole messages with their descriptors, never blocking.
 
-use std::io::IoSliceMut;
+use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, send,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 use thiserror::Error;
 
@@ -119,18 +120,21 @@ impl Connection {
         }))
     }
 
-    /// Sends a whole reply.
+    /// Sends a whole reply, with a file if it has one.
     ///
     /// # Errors
     /// When it cannot be sent at once: a front end waits for each reply before it sends more, so a
     /// full socket means that it stopped reading.
-    pub fn send(&self, reply: &[u8]) -> Result<(), ConnectionError> {
+    pub fn send(&self, reply: &[u8], file: Option<BorrowedFd<'_>>) -> Result<(), ConnectionError> {
+        let files = file.as_slice();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !files.is_empty() {
+            control.push(SendAncillaryMessage::ScmRights(files));
+        }
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         loop {
-            return match send(
-                &self.stream,
-                reply,
-                SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
-            ) {
+            return match sendmsg(&self.stream, &[IoSlice::new(reply)], &mut control, flags) {
                 Ok(sent) if sent == reply.len() => Ok(()),
                 Ok(_) => Err(ConnectionError::Stuck),
                 Err(Errno::INTR) => continue,

@@ -19,6 +19,7 @@ impl Session {
     /// SET_CONFIG.
     pub(super) fn set_config(&self, range: ConfigRange, bytes: &[u8]) -> Result<Step, Refusal> {
         self.device.write_config(range.offset, bytes)?;
+        self.keep_write_cache();
         Ok(Step::DONE)
     }
 }

@@ -30,6 +30,16 @@ pub const OFFERED: &[Feature] = &[
         brings: &[],
     },
     Feature {
+        bit: Bits::LOG_SHMFD,
+        name: "LOG_SHMFD",
+        brings: &[FrontendReq::SET_LOG_BASE, FrontendReq::SET_LOG_FD],
+    },
+    Feature {
+        bit: Bits::INFLIGHT_SHMFD,
+        name: "INFLIGHT_SHMFD",
+        brings: &[FrontendReq::GET_INFLIGHT_FD, FrontendReq::SET_INFLIGHT_FD],
+    },
+    Feature {
         bit: Bits::BACKEND_REQ,
         name: "BACKEND_REQ",
         brings: &[FrontendReq::SET_BACKEND_REQ_FD],

@@ -292,7 +292,10 @@ impl Link {
 
     fn send(&self, header: Header, reply: &Reply) -> Result<(), ConnectionError> {
         match &self.connection {
-            Some(connection) => connection.send(&reply.encode(header.code)),
+            Some(connection) => {
+                let file = self.session.file_for(reply);
+                connection.send(&reply.encode(header.code), file)
+            }
             None => Ok(()),
         }
     }

@@ -86,6 +86,7 @@ impl Session {
             .map(|(region, fd)| spec(region, fd))
             .collect();
         let table = MemoryTable::new(specs)?;
+        self.check_logged(&table)?;
         Ok(Step::Wait(Wait::Released(self.send_table(table, crew))))
     }
 
@@ -98,6 +99,7 @@ impl Session {
         crew: &dyn Crew,
     ) -> Result<Step, Refusal> {
         let table = self.table.with_region(spec(region, fd))?;
+        self.check_logged(&table)?;
         Ok(Step::Wait(Wait::Adopted(self.send_table(table, crew))))
     }
 

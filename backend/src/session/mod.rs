@@ -9,7 +9,9 @@ mod config;
 mod crew;
 mod eventfd;
 mod features;
+mod inflight;
 mod link;
+mod log;
 mod memory;
 mod negotiation;
 mod refusal;
@@ -30,10 +32,13 @@ pub use memory::Epochs;
 pub use refusal::Refusal;
 
 use crate::blk::BlkDevice;
+use crate::inflight::Region;
 use crate::limits::{MAX_REGIONS, MAX_VRINGS};
 use crate::proto::{Code, Message, Reply};
 use crate::worker::{Report, StopMode, TableEpoch};
 use features::Negotiation;
+use inflight::Regions;
+use log::Log;
 use vrings::{Life, Vring};
 
 /// What became of a message.
@@ -59,6 +64,15 @@ pub enum Wait {
     Released(TableEpoch),
     /// Every worker did what it was told before this fence.
     Fenced(u64),
+    /// As [`Fenced`](Self::Fenced), for a log that the answer describes.
+    Logged {
+        /// The fence.
+        fence: u64,
+        /// Bytes of the log.
+        size: u64,
+        /// Where it starts in its file, in bytes.
+        offset: u64,
+    },
     /// This vring has stopped.
     Stopped(u16),
     /// Every vring has stopped, so that the device can be reset.
@@ -73,6 +87,8 @@ pub struct Session {
     table: Arc<MemoryTable>,
     epochs: Epochs,
     vrings: Vec<Vring>,
+    log: Log,
+    regions: Regions,
     /// The socket for messages of ours (SET_BACKEND_REQ_FD), kept for as long as the session.
     back_channel: Option<OwnedFd>,
     ending: Ending,
@@ -100,6 +116,8 @@ impl Session {
             table: Arc::new(MemoryTable::empty()),
             epochs,
             vrings: (0..MAX_VRINGS).map(|_| Vring::new()).collect(),
+            log: Log::default(),
+            regions: Regions::default(),
             back_channel: None,
             ending: Ending::NotYet,
         }
@@ -118,7 +136,7 @@ impl Session {
         self.negotiation.check(code)?;
         let number = |value| Ok(Step::Done(Some(Reply::U64(value))));
         match message {
-            Message::GetFeatures => number(self.device.offered_features()),
+            Message::GetFeatures => number(self.offered_features()),
             Message::SetFeatures(acked) => self.set_features(acked, crew),
             Message::GetProtocolFeatures => number(Negotiation::offered()),
             Message::SetProtocolFeatures(acked) => self.set_protocol_features(acked),
@@ -132,13 +150,21 @@ impl Session {
             Message::RemMemReg(region) => self.rem_mem_reg(region, crew),
             Message::GetQueueNum => number(u64::from(MAX_VRINGS)),
             Message::SetVringNum { index, size } => self.set_vring_num(index, size),
-            // The log is not offered, so what the message says of it means nothing.
+            Message::SetLogBase { size, offset, file } => {
+                self.set_log_base(size, offset, file, crew)
+            }
+            Message::SetLogFd(fd) => self.set_log_fd(fd, crew),
+            Message::GetInflightFd { wanted, layout } => self.get_inflight_fd(wanted, layout),
+            Message::SetInflightFd(description, file) => self.set_inflight_fd(description, file),
             Message::SetVringAddr {
                 index,
                 addresses,
-                log_used: _,
-                log_addr: _,
-            } => self.set_vring_addr(index, addresses),
+                log_used,
+                log_addr,
+            } => {
+                let log_used = log_used.then_some(log_addr);
+                self.set_vring_addr(index, addresses, log_used, crew)
+            }
             Message::SetVringBase { index, base } => self.set_vring_base(index, base),
             Message::GetVringBase { index } => self.get_vring_base(index, crew),
             Message::SetVringKick { index, fd } => self.set_vring_kick(index, fd, crew),
@@ -169,6 +195,14 @@ impl Session {
             Wait::Adopted(epoch) => self.epochs.all_adopted(epoch).then_some(None),
             Wait::Released(epoch) => self.epochs.holders(epoch).is_empty().then_some(None),
             Wait::Fenced(fence) => self.epochs.all_fenced(fence).then_some(None),
+            Wait::Logged {
+                fence,
+                size,
+                offset,
+            } => {
+                let done = self.epochs.all_fenced(fence);
+                done.then_some(Some(Reply::Log { size, offset }))
+            }
             Wait::Stopped(index) => {
                 let vring = self.vrings.get(usize::from(index))?;
                 let base = vring.next_avail();
@@ -202,6 +236,8 @@ impl Session {
 
     fn go_on_ending(&mut self, crew: &dyn Crew) {
         if self.ending == Ending::Stopping && self.all_stopped() {
+            self.log.forget();
+            self.catch_up_log(crew);
             self.ending = Ending::Emptying(self.send_table(MemoryTable::empty(), crew));
         }
     }
@@ -221,10 +257,12 @@ impl Session {
         self.epochs
     }
 
-    /// Whether the front end took memory away that it had given.
+    /// Whether the front end took memory away that it had given: the guest's, the log's or that of
+    /// the in-flight region.
     #[must_use]
     pub fn poisoned(&self) -> bool {
-        self.table.poisoned()
+        let region = self.regions.set.as_ref();
+        self.table.poisoned() || self.log.poisoned() || region.is_some_and(Region::poisoned)
     }
 
     /// What of a wait has not come yet, for the log.
@@ -268,7 +306,9 @@ impl fmt::Display for Missing<'_> {
                     "requests of workers {workers:?} that use earlier guest memory"
                 )
             }
-            Some(Wait::Fenced(_)) => f.write_str("workers that have not obeyed yet"),
+            Some(Wait::Fenced(_) | Wait::Logged { .. }) => {
+                f.write_str("workers that have not obeyed yet")
+            }
             Some(Wait::Adopted(_)) => f.write_str("workers that have not taken the new memory"),
             Some(Wait::Stopped(_) | Wait::Reset) | None => {
                 let all = session.vrings.iter().enumerate();

@@ -11,9 +11,14 @@ use super::{Crew, Refusal, Session, Step};
 use crate::worker::{Command, Enablement};
 
 impl Session {
+    /// The device's features and the log's, which is a matter of the connection.
+    pub(super) fn offered_features(&self) -> u64 {
+        self.device.offered_features() | VhostUserVirtioFeatures::LOG_ALL.bits()
+    }
+
     /// SET_FEATURES.
     pub(super) fn set_features(&mut self, acked: u64, crew: &dyn Crew) -> Result<Step, Refusal> {
-        let beyond = acked & !self.device.offered_features();
+        let beyond = acked & !self.offered_features();
         if beyond != 0 {
             return Err(Refusal::Features(beyond));
         }
@@ -25,6 +30,7 @@ impl Session {
             return Err(Refusal::FeaturesInUse(changed));
         }
         self.negotiation.features = acked;
+        self.log_features(acked, crew);
         for worker in 0..crew.count() {
             crew.send(worker, Command::SetFeatures(self.device.id(), acked));
         }

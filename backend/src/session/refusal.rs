@@ -6,6 +6,7 @@ use iov_iter::MemoryError;
 use thiserror::Error;
 
 use crate::blk::ConfigError;
+use crate::inflight::RegionError;
 use crate::limits::MAX_VRINGS;
 use crate::proto::Malformed;
 use crate::vring::VringError;
@@ -70,6 +71,20 @@ pub enum Refusal {
     /// The memory table cannot be had.
     #[error("guest memory")]
     Memory(#[from] MemoryError),
+    /// The dirty log cannot be had.
+    #[error("the dirty log")]
+    Log(#[source] MemoryError),
+    /// Something would be changed that the log has no bit for.
+    #[error("a dirty log of {size} bytes has no bit for what ends at guest address {end:#x}")]
+    LogTooSmall {
+        /// Bytes of the log.
+        size: u64,
+        /// The end of what has to be logged.
+        end: u64,
+    },
+    /// The in-flight region cannot be had or used.
+    #[error("in-flight tracking")]
+    Inflight(#[from] RegionError),
     /// The range of the configuration space cannot be read.
     #[error("{size} bytes of the configuration space at {offset:#x} cannot be read")]
     ConfigRange {

@@ -28,6 +28,8 @@ impl Session {
     pub(super) fn finish_reset(&mut self) {
         self.vrings.fill_with(Vring::new);
         self.negotiation.features = 0;
+        self.log.forget();
         self.device.reset();
+        self.keep_write_cache();
     }
 }

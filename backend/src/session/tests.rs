@@ -89,6 +89,8 @@ fn code(message: &Message) -> Code {
         Message::SetOwner => 3,
         Message::ResetOwner => 4,
         Message::SetMemTable(_) => 5,
+        Message::SetLogBase { .. } => 6,
+        Message::SetLogFd(_) => 7,
         Message::SetVringNum { .. } => 8,
         Message::SetVringAddr { .. } => 9,
         Message::SetVringBase { .. } => 10,
@@ -103,6 +105,8 @@ fn code(message: &Message) -> Code {
         Message::SetBackendReqFd(_) => 21,
         Message::GetConfig(_) => 24,
         Message::SetConfig(..) => 25,
+        Message::GetInflightFd { .. } => 31,
+        Message::SetInflightFd(..) => 32,
         Message::ResetDevice => 34,
         Message::GetMaxMemSlots => 36,
         Message::AddMemReg(..) => 37,
@@ -261,6 +265,8 @@ fn a_started_vring_keeps_its_shape_and_takes_new_events() {
 
     // What QEMU sends when a migration begins.
     session.send(addr(1, addresses()), &crew).unwrap();
+    let told = crew.take_but_fences();
+    assert!(matches!(&told[..], [(1, Command::SetUsedLog(_, None))]));
     session.send(kick(1), &crew).unwrap();
     session
         .send(Message::SetVringCall { index: 1, fd: None }, &crew)
@@ -414,7 +420,7 @@ fn vring_sizes_are_powers_of_two_up_to_the_limit() {
 #[test]
 fn features_beyond_the_offered_are_refused() {
     let (mut session, crew) = session();
-    let offered = session.device.offered_features();
+    let offered = session.offered_features();
     for bit in (0..64)
         .map(|shift| 1_u64 << shift)
         .filter(|bit| offered & bit == 0)

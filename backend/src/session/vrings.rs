@@ -27,7 +27,9 @@ pub(super) enum Life {
 pub(super) struct Vring {
     pub(super) life: Life,
     pub(super) enablement: Enablement,
-    size: Option<u16>,
+    pub(super) size: Option<u16>,
+    /// The guest address to log writes to the used ring at, if they are to be logged.
+    pub(super) log_used: Option<u64>,
     addresses: Option<Addresses>,
     next_avail: Option<u16>,
     call: Option<EventFd>,
@@ -41,6 +43,7 @@ impl Vring {
             life: Life::Stopped,
             enablement: Enablement::Disabled,
             size: None,
+            log_used: None,
             addresses: None,
             next_avail: None,
             call: None,
@@ -77,11 +80,20 @@ impl Session {
         &mut self,
         index: u32,
         addresses: Addresses,
+        log_used: Option<u64>,
+        crew: &dyn Crew,
     ) -> Result<Step, Refusal> {
         let table = self.table.clone();
+        let (_, vring) = self.vring(index)?;
+        let size = vring.size;
+        self.check_logged_ring(size, log_used)?;
         let (id, vring) = self.vring(index)?;
         match vring.life {
-            Life::Started if vring.addresses == Some(addresses) => return Ok(Step::DONE),
+            Life::Started if vring.addresses == Some(addresses) => {
+                vring.log_used = log_used;
+                crew.send(crew.owner(id), Command::SetUsedLog(id, log_used));
+                return Ok(self.fence(crew));
+            }
             Life::Started => return Err(Refusal::Started(id.index)),
             Life::Stopping => return Err(Refusal::Stopping(id.index)),
             Life::Stopped => {}
@@ -96,6 +108,7 @@ impl Session {
             })?;
         }
         vring.addresses = Some(addresses);
+        vring.log_used = log_used;
         Ok(Step::DONE)
     }
 
@@ -247,15 +260,21 @@ impl Session {
         let size = vring.size.ok_or(missing("SET_VRING_NUM"))?;
         let addresses = vring.addresses.ok_or(missing("SET_VRING_ADDR"))?;
         let next_avail = vring.next_avail.ok_or(missing("SET_VRING_BASE"))?;
+        let log_used = vring.log_used;
         resolve(&addresses, size, &table).map_err(|source| Refusal::Vring { index, source })?;
+        self.check_logged_ring(Some(size), log_used)?;
+        let region = self.regions.set.as_ref();
+        let inflight = region.map(|region| region.queue(index, size)).transpose()?;
 
+        self.catch_up_log(crew);
+        let (_, vring) = self.vring(u32::from(index))?;
         vring.life = Life::Started;
         let setup = VringSetup {
             size,
             addresses,
             next_avail,
-            inflight: None,
-            log_used: None,
+            inflight,
+            log_used,
             features,
             enablement: vring.enablement,
             kick,

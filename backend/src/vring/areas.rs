@@ -75,6 +75,12 @@ pub fn check_size(size: u32) -> Result<u16, VringError> {
         .ok_or(VringError::Size(size))
 }
 
+/// Bytes of the used ring of a vring with `size` entries (virtio 2.7).
+#[must_use]
+pub fn used_ring_bytes(size: u16) -> u64 {
+    (usize::from(size) * USED_ELEMENT_BYTES + RING_FIELD_BYTES) as u64
+}
+
 /// Finds the three parts of a vring of `size` entries in a memory table.
 ///
 /// Each part must lie in one region: a front end that maps its memory in pieces still hands out

@@ -11,6 +11,6 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-pub use areas::{Addresses, Areas, VringError, check_size, resolve};
+pub use areas::{Addresses, Areas, VringError, check_size, resolve, used_ring_bytes};
 pub use split::{AvailBroken, Split, Used, UsedLog};
 pub use state::{Draining, Fds, RingBroken, Started, Stopped, logs_all};

@@ -208,10 +208,10 @@ impl FrontEnd {
         let payload = log.payload();
         self.peer.tell(code::SET_LOG_BASE, &payload, &[log.fd()])?;
         let reply = self.peer.reply_to(code::SET_LOG_BASE)?.payload;
-        match u64::from_ne_bytes(reply.as_slice().try_into()?) {
-            0 => Ok(()),
-            refused => Err(format!("SET_LOG_BASE was answered with {refused}").into()),
+        if reply != payload {
+            return Err(format!("SET_LOG_BASE was answered with {reply:?}").into());
         }
+        Ok(())
     }
 
     /// Has the daemon log nothing any more.
@@ -226,7 +226,10 @@ impl FrontEnd {
     }
 
     /// Switches the logging of every used ring.
-    fn log_used_rings(&mut self, log_used: bool) -> Outcome {
+    ///
+    /// # Errors
+    /// When the daemon refuses.
+    pub fn log_used_rings(&mut self, log_used: bool) -> Outcome {
         let FrontEnd { peer, vrings, .. } = self;
         for (index, vring) in (0..).zip(vrings) {
             vring.log_used = log_used;

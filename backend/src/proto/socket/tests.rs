@@ -126,17 +126,20 @@ fn a_payload_that_is_too_long_is_refused_before_it_is_read() {
 fn a_front_end_that_does_not_read_is_stuck_and_one_that_left_has_hung_up() {
     let (mut theirs, ours) = pair();
     let reply = Reply::ACK.encode(Code(2));
-    ours.send(&reply).unwrap();
+    ours.send(&reply, None).unwrap();
     let mut back = vec![0; reply.len()];
     theirs.read_exact(&mut back).unwrap();
     assert_eq!(back, reply);
 
     let error = loop {
-        if let Err(error) = ours.send(&reply) {
+        if let Err(error) = ours.send(&reply, None) {
             break error;
         }
     };
     assert!(matches!(error, ConnectionError::Stuck), "{error}");
     drop(theirs);
-    assert!(matches!(ours.send(&reply), Err(ConnectionError::HungUp)));
+    assert!(matches!(
+        ours.send(&reply, None),
+        Err(ConnectionError::HungUp)
+    ));
 }
