@@ -148,6 +148,7 @@ macro_rules! conformance_checks {
             lifetimes: many_rounds_reuse_what_they_took,
             lifetimes: a_ring_that_goes_waits_for_its_ops,
             lifetimes: ops_never_submitted_are_given_back,
+            lifetimes: an_op_taken_back_comes_back_once_and_did_nothing_or_all,
         }
     };
     (@each $engine:expr, $subject:expr; $($group:ident: $check:ident,)*) => {

@@ -228,6 +228,10 @@ impl Channel for FaultChannel {
             .push(self.lane, tag, decision, self.shared.plan.max_delay);
     }
 
+    fn abort(&mut self, _ring: &mut Ring, tag: Tag) {
+        self.shared.lanes.abort_one(self.lane, tag);
+    }
+
     fn event(&self) -> Option<BorrowedFd<'_>> {
         Some(self.event.as_fd())
     }

@@ -193,6 +193,33 @@ fn aborted_ops_end_without_effect() {
 }
 
 #[test]
+fn one_stuck_op_is_taken_back_and_the_others_stay() {
+    for engine in ENGINES {
+        let (device, handle) = device(benign(1));
+        let mut rig = Rig::new(&device, engine);
+        handle.stick();
+        rig.fill(&[(0, 512)], &[9; 512]);
+        let ops = (0..3).map(|n| rig.write_op(n, &[(0, 512)], Durability::Cached));
+        let ops: Vec<Op> = ops.collect();
+        let tags: Vec<Tag> = ops.into_iter().map(|op| rig.prep(op)).collect();
+        rig.abort(tags[1]);
+        rig.ring().submit(Wait::Event).unwrap();
+        assert_eq!(rig.reap(), [(tags[1], 0, Err(IoError::Aborted))]);
+        assert_eq!((handle.stuck_now(), handle.counts().aborted), (2, 1));
+        // It has ended: nothing is left to take back.
+        rig.abort(tags[1]);
+        handle.release();
+        let mut ended = rig.drain();
+        ended.sort_by_key(|(tag, ..)| *tag);
+        assert_eq!(ended, [(tags[0], 512, Ok(())), (tags[2], 512, Ok(()))]);
+        let op = rig.read_op(0, &[(4096, 1536)]);
+        assert_eq!(rig.run(op), Ok(()));
+        let stored = [[9; 512], [0; 512], [9; 512]].concat();
+        assert_eq!(rig.peek(&[(4096, 1536)]), stored);
+    }
+}
+
+#[test]
 fn a_ring_goes_with_its_stuck_ops() {
     for engine in ENGINES {
         let (device, handle) = device(benign(1));

@@ -4,8 +4,8 @@ use std::collections::HashSet;
 
 use super::contents::{block, blocks, moves_data, sectors};
 use super::rig::Rig;
-use super::{Subject, outstanding};
-use crate::{Durability, Engine, Op, Unmap, Wait};
+use super::{Contents, Subject, outstanding};
+use crate::{Abort, Durability, Engine, IoError, Op, Tag, Unmap, Wait};
 
 /// A mixture of all ops, each on blocks of its own.
 fn mixture(subject: &Subject, rig: &Rig, count: usize) -> Vec<Op> {
@@ -85,4 +85,54 @@ pub fn ops_never_submitted_are_given_back(subject: &Subject, engine: Engine) {
     assert_eq!(rig.holds(), 20);
     rig.abandon();
     assert_eq!(rig.holds(), 0);
+}
+
+/// Writes are taken back while they fly: each still ends once, and its blocks are as they were or
+/// as it wrote them, as its outcome says. A device that cannot take ops back ends all of them as
+/// if it had not been asked.
+pub fn an_op_taken_back_comes_back_once_and_did_nothing_or_all(subject: &Subject, engine: Engine) {
+    const COUNT: usize = 64;
+    let (block, per_block) = (block(subject), sectors(subject));
+    let mut rig = Rig::new(&subject.device, engine);
+    let run = |index: usize| [(index * block, block)];
+    let sector = |index: usize| index as u64 * per_block;
+    rig.fill(&[(0, COUNT * block)], &vec![0x11; COUNT * block]);
+    let old = (0..COUNT).map(|at| rig.write_op(sector(at), &run(at), Durability::Cached));
+    let old = old.collect();
+    rig.run_all(old);
+    rig.fill(&[(0, COUNT * block)], &vec![0x22; COUNT * block]);
+    let mut tags = Vec::new();
+    for index in 0..COUNT {
+        let op = rig.write_op(sector(index), &run(index), Durability::Cached);
+        tags.push(rig.prep(op));
+    }
+    // Some before the kernel heard of them, some after, some twice; and one that nobody knows.
+    for tag in tags.iter().take(COUNT / 4) {
+        rig.abort(*tag);
+    }
+    rig.ring().submit(Wait::No).expect("the ring works");
+    for tag in tags.iter().skip(COUNT / 8).take(COUNT / 2) {
+        rig.abort(*tag);
+    }
+    rig.abort(Tag(tags.iter().map(|tag| tag.0).max().unwrap_or(0) + 1));
+    let ended = rig.drain();
+    assert_eq!(ended.len(), COUNT, "each comes back");
+    for (tag, moved, outcome) in ended {
+        let index = tags.iter().position(|known| *known == tag);
+        let index = index.expect("its tag is one of them");
+        let taken_back = match (subject.device.capabilities().abort, outcome) {
+            (_, Ok(())) => false,
+            (Abort::Possible, Err(IoError::Aborted)) => true,
+            (_, Err(error)) => panic!("op {index}: {error}"),
+        };
+        assert!(!taken_back || moved == 0, "op {index} moved {moved} bytes");
+        assert!(!taken_back || index < COUNT / 8 + COUNT / 2, "nobody asked");
+        rig.fill(&run(index), &vec![0; block]);
+        let op = rig.read_op(sector(index), &run(index));
+        assert_eq!(rig.run(op), Ok(()));
+        if subject.contents == Contents::Kept {
+            let wanted = if taken_back { 0x11 } else { 0x22 };
+            assert_eq!(rig.peek(&run(index)), vec![wanted; block], "op {index}");
+        }
+    }
 }

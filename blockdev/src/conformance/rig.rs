@@ -211,6 +211,14 @@ impl Rig {
         tag
     }
 
+    /// Takes an op back, if the device can.
+    pub fn abort(&mut self, tag: Tag) {
+        let (channel, ring) = (self.channel.as_mut(), self.ring.as_mut());
+        channel
+            .expect("the channel is open")
+            .abort(ring.expect("the ring is there"), tag);
+    }
+
     /// Preps ops that are checked and answered as they come: any order, each exactly once.
     pub fn run_all(&mut self, ops: Vec<Op>) -> Vec<(Tag, u32, Result<(), IoError>)> {
         for op in ops {

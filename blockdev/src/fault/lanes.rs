@@ -144,11 +144,23 @@ impl Lanes {
         let mut state = self.shared.lock();
         for lane in state.lanes.iter_mut().flatten() {
             for ticket in &mut lane.waiting {
-                ticket.verdict = Verdict::Abort;
-                ticket.stuck = false;
-                ticket.due = now;
+                ticket.abort(now);
             }
         }
+        drop(state);
+        self.shared.changed.notify_one();
+    }
+
+    /// One op of a lane ends now, without effect, unless it has ended already.
+    pub(super) fn abort_one(&self, lane: usize, tag: Tag) {
+        let now = Instant::now();
+        let mut state = self.shared.lock();
+        let Some(Some(lane)) = state.lanes.get_mut(lane) else {
+            return;
+        };
+        let taken = lane.waiting.iter_mut().find(|ticket| ticket.tag == tag);
+        let Some(ticket) = taken else { return };
+        ticket.abort(now);
         drop(state);
         self.shared.changed.notify_one();
     }
@@ -200,6 +212,15 @@ impl Shared {
                 }
             };
         }
+    }
+}
+
+impl Ticket {
+    /// It ends at once and nothing of it is done.
+    fn abort(&mut self, now: Instant) {
+        self.verdict = Verdict::Abort;
+        self.stuck = false;
+        self.due = now;
     }
 }
 
