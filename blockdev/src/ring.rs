@@ -18,7 +18,7 @@ mod watches;
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use self::engine::Report;
 use self::files::File;
@@ -406,6 +406,21 @@ impl Ring {
             }
         }
         true
+    }
+}
+
+impl AsFd for Ring {
+    /// What a loop that waits elsewhere polls instead of [`Ring::submit`]: it is readable while
+    /// something may have come in since the last [`Ring::reap`] that found nothing. What the ring
+    /// itself has still to hand out does not show; it is reaped before the wait.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        let raw = match &self.core {
+            Core::Uring(uring) => uring.raw(),
+            Core::Threads(poller) => poller.raw(),
+        };
+        // SAFETY: the core owns the descriptor, keeps it open, and is borrowed for as long as the
+        // result.
+        unsafe { BorrowedFd::borrow_raw(raw) }
     }
 }
 

@@ -3,12 +3,13 @@
 #![expect(clippy::unwrap_used, reason = "a test's helpers fail like the test")]
 
 use std::fs::File;
-use std::io::Write;
-use std::os::fd::AsFd;
+use std::io::{ErrorKind, Write};
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
 use blockdev::conformance::rig::{Rig, eventfd};
 use blockdev::{Durability, Engine, Event, IoError, Ring, Tag, Wait, Watch, open};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 const ENGINES: [Engine; 2] = [Engine::IoUring, Engine::Threads];
 
@@ -332,6 +333,67 @@ fn a_poller_sees_completions_without_ever_waiting() {
                     "round {round}"
                 );
                 ended += reaped.len();
+            }
+        }
+    }
+}
+
+/// Whether the ring's descriptor becomes readable within `limit` milliseconds.
+fn readable(ring: &Ring, limit: i32) -> bool {
+    let epoll = Epoll::new().unwrap();
+    let event = EpollEvent::new(EventSet::IN, 0);
+    let fd = ring.as_fd().as_raw_fd();
+    epoll.ctl(ControlOperation::Add, fd, event).unwrap();
+    loop {
+        // The kernel may finish work of the ring's on this thread, and ends the wait for it.
+        match epoll.wait(limit, &mut [EpollEvent::default()]) {
+            Ok(count) => return count > 0,
+            Err(error) => assert_eq!(error.kind(), ErrorKind::Interrupted),
+        }
+    }
+}
+
+#[test]
+fn a_loop_that_waits_elsewhere_misses_nothing() {
+    for engine in ENGINES {
+        let (mut ring, event, _) = watched(engine, 7);
+        for count in 1..=100 {
+            assert!(!readable(&ring, 0), "{engine}: nothing came");
+            signal(&event);
+            assert!(readable(&ring, 60_000), "{engine}: write {count}");
+            assert!(matches!(reports(&mut ring)[..], [Event::Ready(7)]));
+        }
+
+        let dir = vmm_sys_util::tempdir::TempDir::new().unwrap();
+        let path = dir.as_path().join("disk");
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let options = open::FileOptions {
+            access: blockdev::Access::ReadWrite,
+            direct: open::Direct::On,
+            block_size: None,
+        };
+        let device = open::file(&path, options).unwrap();
+        let mut rig = Rig::new(&device, engine);
+        for _ in 0..20 {
+            let ops = [
+                rig.write_op(0, &[(0, 4096)], Durability::Durable),
+                rig.read_op(8, &[(8192, 4096)]),
+                rig.zero_op(16, 4096, blockdev::Unmap::Allowed, Durability::Cached),
+            ];
+            for op in ops {
+                rig.prep(op);
+            }
+            let mut ended = 0;
+            while ended < 3 {
+                rig.ring().submit(Wait::No).unwrap();
+                let reaped = rig.reap();
+                ended += reaped.len();
+                // What was reaped may have been followed by another call of its op.
+                rig.ring().submit(Wait::No).unwrap();
+                assert!(
+                    ended == 3 || readable(rig.ring(), 60_000),
+                    "{engine}: {ended} of 3 ended"
+                );
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -25,6 +25,11 @@ impl Poller {
             events: vec![EpollEvent::default(); BATCH],
             reports: VecDeque::with_capacity(2 * BATCH),
         })
+    }
+
+    /// Its descriptor: readable while something it watches has become ready.
+    pub(super) fn raw(&self) -> RawFd {
+        self.epoll.as_raw_fd()
     }
 
     /// Watches an fd until [`Self::unwatch`].

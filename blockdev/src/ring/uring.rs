@@ -76,6 +76,11 @@ impl Uring {
         Ok(uring)
     }
 
+    /// Its descriptor: readable while there are completions to look at.
+    pub(super) fn raw(&self) -> RawFd {
+        self.ring.as_raw_fd()
+    }
+
     /// Queues a call of the op in slot `index`; false for calls that would only block a thread of
     /// the kernel's, and that the helper threads make instead.
     ///
