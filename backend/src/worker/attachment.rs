@@ -12,14 +12,14 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::path::{Finish, Path};
 use super::slots::Slots;
-use super::{Report, StopMode, TableEpoch, VringId};
+use super::{LogSetup, Report, StopMode, TableEpoch, VringId};
 use crate::blk::BlkDevice;
 use crate::fds::borrow;
 use crate::limits::{MAX_BOUNCE_BYTES, MAX_REQUEST_BYTES};
 use crate::vring::{Draining, RingBroken, Started, Stopped};
 
 /// Chains a vring may have started before other vrings, commands and completions get their turn.
-const CHAINS_PER_TURN: usize = 128;
+pub(super) const CHAINS_PER_TURN: usize = 128;
 
 /// What a worker lends to its devices while it serves them.
 pub(super) struct Lent<'a> {
@@ -50,7 +50,7 @@ pub(super) struct Share {
 
 /// One worker's part of one device.
 pub(super) struct Attachment {
-    path: Path,
+    path: Path<Box<LogSetup>>,
     share: Share,
     place: usize,
     vrings: Vec<Vring>,

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use iov_iter::{MemoryTable, SharedLog};
+use iov_iter::{DirtyLog, MemoryTable, SharedLog};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::inflight::QueueRegion;
@@ -86,6 +86,13 @@ pub struct LogSetup {
     pub log: SharedLog,
     /// Signalled when something was marked (SET_LOG_FD), if the front end wants that.
     pub event: Option<EventFd>,
+}
+
+impl DirtyLog for Box<LogSetup> {
+    #[inline]
+    fn mark(&self, guest: u64, len: u64) {
+        self.log.mark(guest, len);
+    }
 }
 
 /// What the control thread asks.

@@ -6,14 +6,14 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use blockdev::{Channel, Completion, Durability, IoError, Op, Tag};
-use iov_iter::{BrokenChain, Chain, ChainFault, ChainLimits, ExtractErrorKind};
+use iov_iter::{Area, BrokenChain, Chain, ChainFault, ChainLimits, ExtractErrorKind};
 use iov_iter::{DirtyLog, Hold, IovIter, Source, View};
 use log::{error, warn};
 
 use super::attachment::Lent;
 use super::log_gate::LogGate;
 use super::slots::{InFlight, Job};
-use super::{LogSetup, StopMode, VringId};
+use super::{StopMode, VringId};
 use crate::blk::{
     Admitted, BlkDevice, Counters, Driver, Kind, Profile, Range, RangeOp, Request, Status, refuse,
 };
@@ -36,8 +36,8 @@ pub(super) struct Parked {
     hold: Hold,
 }
 
-/// Everything of a device that a request meets on its way.
-pub(super) struct Path {
+/// Everything of a device that a request meets on its way; `L` is the kind of dirty log.
+pub(super) struct Path<L> {
     pub(super) device: Arc<BlkDevice>,
     pub(super) channel: Box<dyn Channel>,
     pub(super) counters: Arc<Counters>,
@@ -46,7 +46,7 @@ pub(super) struct Path {
     /// Vrings with used elements to publish.
     pub(super) touched: Vec<usize>,
     /// The log the front end set, whether it wants it written now or not.
-    pub(super) log: Option<Box<LogSetup>>,
+    pub(super) log: Option<L>,
     /// Whether it wants it written (VHOST_F_LOG_ALL).
     pub(super) logging: bool,
     profile: Profile,
@@ -58,20 +58,23 @@ pub(super) struct Path {
 }
 
 /// What becomes of a request on its way to the device.
-enum Step {
+pub(super) enum Step {
     /// It is with the device, or parked.
     Underway,
     /// It ended.
     Ended(Used),
 }
 
-impl Path {
+/// The driver offered a chain that no used element can name: its vring cannot go on.
+pub(super) struct Unanswerable;
+
+impl<L: DirtyLog> Path<L> {
     pub(super) fn new(
         device: Arc<BlkDevice>,
         channel: Box<dyn Channel>,
         place: usize,
         view: Rc<View>,
-    ) -> Path {
+    ) -> Path<L> {
         Path {
             profile: device.profile(),
             counters: device.new_counters(),
@@ -97,18 +100,7 @@ impl Path {
         if !self.logging {
             return None;
         }
-        self.log
-            .as_ref()
-            .map(|setup| -> &dyn DirtyLog { &setup.log })
-    }
-
-    /// What the driver of a vring negotiated.
-    fn driver(&self, vring: &Started) -> Driver {
-        let features = vring.features();
-        Driver {
-            features,
-            cache: self.device.cache_for(features),
-        }
+        self.log.as_ref().map(|log| -> &dyn DirtyLog { log })
     }
 
     /// Starts the chain that was popped as `head`.
@@ -119,16 +111,36 @@ impl Path {
         head: u16,
         lent: &mut Lent<'_>,
     ) {
+        let (features, descriptors) = (vring.features(), vring.descriptors());
+        match self.begin(local, head, (descriptors, vring.size()), features, lent) {
+            Ok(Step::Underway) => {}
+            Ok(Step::Ended(used)) => self.settle(vring, local, Some(used)),
+            Err(Unanswerable) => {
+                vring.break_down();
+                self.settle(vring, local, None);
+            }
+        }
+    }
+
+    /// As [`start`](Self::start), for a vring that is somebody else's: its descriptor table, its
+    /// entries and the features of its driver.
+    pub(super) fn begin(
+        &mut self,
+        local: usize,
+        head: u16,
+        (descriptors, size): (&Area, u16),
+        features: u64,
+        lent: &mut Lent<'_>,
+    ) -> Result<Step, Unanswerable> {
         self.counters.reffed.add(1);
-        let driver = self.driver(vring);
-        let used = match Chain::walk(&self.view, vring.descriptors(), vring.size(), head, &LIMITS) {
-            Ok(chain) => match self.admit(local, chain, driver, lent) {
-                Step::Underway => return,
-                Step::Ended(used) => Some(used),
-            },
-            Err(broken) => self.refuse(vring, head, broken),
+        let driver = Driver {
+            features,
+            cache: self.device.cache_for(features),
         };
-        self.settle(vring, local, used);
+        match Chain::walk(&self.view, descriptors, size, head, &LIMITS) {
+            Ok(chain) => Ok(self.admit(local, chain, driver, lent)),
+            Err(broken) => self.refuse(head, broken).map(Step::Ended),
+        }
     }
 
     /// A chain came to its end.
@@ -147,7 +159,7 @@ impl Path {
     }
 
     /// Answers a chain that broke the virtio specification as far as it can be answered.
-    fn refuse(&mut self, vring: &mut Started, head: u16, broken: BrokenChain) -> Option<Used> {
+    fn refuse(&mut self, head: u16, broken: BrokenChain) -> Result<Used, Unanswerable> {
         self.counters.broken_chains.add(1);
         if let Some(held_back) = self.broken_chains.open() {
             let name = self.device.name();
@@ -165,10 +177,9 @@ impl Path {
             refuse(&status, &hold, Status::IoErr, self.dirty());
         }
         if matches!(fault, ChainFault::HeadOutOfRange { .. }) {
-            vring.break_down();
-            return None;
+            return Err(Unanswerable);
         }
-        Some(Used { head, len: 0 })
+        Ok(Used { head, len: 0 })
     }
 
     fn admit(&mut self, local: usize, chain: Chain, driver: Driver, lent: &mut Lent<'_>) -> Step {

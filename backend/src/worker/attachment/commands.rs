@@ -232,7 +232,7 @@ fn call_once(vring: &Started, ring: &mut Ring) {
 }
 
 /// Gives up what is not with the device; what is recorded stays so.
-fn give_up(path: &mut Path, vring: &mut Started, local: usize) {
+fn give_up(path: &mut Path<Box<LogSetup>>, vring: &mut Started, local: usize) {
     for _ in 0..path.abandon_parked(local) {
         vring.settle(None);
     }
