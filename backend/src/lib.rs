@@ -14,3 +14,5 @@ pub mod start;
 mod testing;
 pub mod vring;
 pub mod worker;
+
+pub use worker::hosted;

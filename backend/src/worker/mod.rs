@@ -5,6 +5,7 @@
 
 mod attachment;
 mod command;
+pub mod hosted;
 mod log_gate;
 mod path;
 mod pool;

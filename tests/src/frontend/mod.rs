@@ -7,6 +7,7 @@
 //! - [`FrontEnd`] puts them together and behaves.
 //! - [`DirtyLog`] and [`InflightFile`] are what a front end shares for migrations and crashes.
 //! - [`Served`] is the daemon itself, on a thread of this process.
+//! - [`Stock`] is the daemon of the rust-vmm crates with our device in it.
 
 mod behaved;
 mod driver;
@@ -15,6 +16,7 @@ mod log;
 mod peer;
 mod ram;
 mod served;
+mod stock;
 
 use std::error::Error;
 
@@ -28,6 +30,7 @@ pub use peer::{
 };
 pub use ram::{GuestRam, Layout};
 pub use served::{Options as ServeOptions, Served, open_descriptors};
+pub use stock::Stock;
 
 /// What a test gives back: any error fails it.
 pub type Outcome<T = ()> = Result<T, Box<dyn Error + Send + Sync>>;
