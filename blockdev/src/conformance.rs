@@ -11,6 +11,7 @@
 
 #![expect(
     clippy::missing_panics_doc,
+    clippy::panic,
     reason = "all of it panics when something goes wrong"
 )]
 
