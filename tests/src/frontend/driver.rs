@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use super::{GuestRam, Outcome};
+use super::{GuestRam, Outcome, PAGE};
 
 /// VRING_DESC_F_NEXT.
 pub const DESC_NEXT: u16 = 1;
@@ -143,6 +143,12 @@ impl DriverRing {
     #[must_use]
     pub fn used_addr(&self) -> u64 {
         self.used
+    }
+
+    /// The pages of memory that the driver itself writes: descriptor table and avail ring.
+    #[must_use]
+    pub fn pages_of_driver(&self) -> std::ops::Range<u64> {
+        self.desc / PAGE..self.used / PAGE
     }
 
     /// The avail index that comes next.

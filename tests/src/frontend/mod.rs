@@ -8,12 +8,14 @@
 //! - [`DirtyLog`] and [`InflightFile`] are what a front end shares for migrations and crashes.
 //! - [`Served`] is the daemon itself, on a thread of this process.
 //! - [`Stock`] is the daemon of the rust-vmm crates with our device in it.
+//! - [`Program`] is the daemon as a process that can be killed.
 
 mod behaved;
 mod driver;
 mod inflight;
 mod log;
 mod peer;
+mod program;
 mod ram;
 mod served;
 mod stock;
@@ -28,6 +30,7 @@ pub use peer::{
     Answer, CALL, CODES, NEED_REPLY, NO_FD, Peer, PeerError, VERSION, code, outgoing_bytes,
     region_payload, words,
 };
+pub use program::{Program, failpoints_binary};
 pub use ram::{GuestRam, Layout};
 pub use served::{Options as ServeOptions, Served, open_descriptors};
 pub use stock::Stock;
