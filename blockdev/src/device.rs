@@ -38,6 +38,44 @@ pub trait BlockDevice: Send + Sync + Debug {
     /// # Errors
     /// When the size cannot be read; the geometry stays as it was.
     fn refresh(&self) -> io::Result<Geometry>;
+
+    /// Takes the storage, so that nothing else serves it until [`release`](Self::release), and
+    /// makes sure that what others wrote to it before is seen. Does not wait for whoever has it, but
+    /// may take as long as storage takes. Devices that nobody else can open always have it.
+    ///
+    /// # Errors
+    /// When the storage does not answer as it should.
+    fn claim(&self) -> io::Result<Claim> {
+        Ok(Claim::Held)
+    }
+
+    /// Gives the storage back, with all that completed visible to whoever takes it next. Called
+    /// when nothing is in flight.
+    ///
+    /// # Errors
+    /// When completed writes did not become stable; the storage is given back all the same.
+    fn release(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Makes every write that completed before stable, as a flush on a channel does.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What became of an attempt to take the storage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// It is ours.
+    Held,
+    /// It is ours as far as can be known: the file system has no locks.
+    Unguarded,
+    /// Somebody else has it, or the kernel still works for somebody who was killed.
+    Busy,
 }
 
 /// One worker's path into a device.

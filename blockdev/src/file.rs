@@ -1,5 +1,6 @@
 //! Regular files and block specials.
 
+mod keeper;
 mod probe;
 
 use std::fs::{File, OpenOptions};
@@ -15,7 +16,8 @@ use iov_iter::{MemoryNeeds, Stability};
 use self::probe::{DirectNeeds, Facts};
 use crate::completion::Completion;
 use crate::device::{
-    Abort, BlockDevice, Caching, Capabilities, Channel, DiscardLimits, MayUnmap, WriteZeroesLimits,
+    Abort, BlockDevice, Caching, Capabilities, Channel, Claim, DiscardLimits, MayUnmap,
+    WriteZeroesLimits,
 };
 use crate::geometry::{Access, Geometry, SECTOR_SIZE, Sector, is_block_size};
 use crate::op::{Op, Tag};
@@ -199,6 +201,38 @@ impl BlockDevice for FileDevice {
         let capacity = Sector::floor(size - size % u64::from(geometry.block_size));
         sectors.store(capacity.0, Ordering::Relaxed);
         Ok(self.shared.geometry())
+    }
+
+    fn claim(&self) -> io::Result<Claim> {
+        let Shared {
+            file,
+            geometry,
+            direct,
+            ..
+        } = &*self.shared;
+        let claim = keeper::lock(file, geometry.access)?;
+        // What the page cache kept from an earlier time may not be what the file holds now.
+        if claim != Claim::Busy && direct.is_none() {
+            file.sync_data()?;
+            keeper::drop_cache(file)?;
+        }
+        Ok(claim)
+    }
+
+    fn release(&self) -> io::Result<()> {
+        let synced = match self.shared.direct {
+            None => self.sync(),
+            Some(_) => Ok(()),
+        };
+        let unlocked = keeper::unlock(&self.shared.file);
+        synced.and(unlocked)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        match self.shared.geometry.access {
+            Access::ReadWrite => self.shared.file.sync_data(),
+            Access::ReadOnly => Ok(()),
+        }
     }
 }
 

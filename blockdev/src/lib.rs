@@ -29,7 +29,8 @@ mod store;
 
 pub use completion::{Completion, IoError, Verdict, settle};
 pub use device::{
-    Abort, BlockDevice, Caching, Capabilities, Channel, DiscardLimits, MayUnmap, WriteZeroesLimits,
+    Abort, BlockDevice, Caching, Capabilities, Channel, Claim, DiscardLimits, MayUnmap,
+    WriteZeroesLimits,
 };
 pub use geometry::{
     Access, BLOCK_SIZES, Extent, Geometry, OutOfRange, SECTOR_SHIFT, SECTOR_SIZE, Sector,
