@@ -10,13 +10,14 @@ set -uo pipefail
 cd "$root" || exit 1
 export PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin:/usr/sbin:/sbin"
 
-stages=(fmt clippy deny doc test loom asan fuzz guest)
+stages=(fmt clippy deny doc test failpoints loom asan fuzz guest)
 declare -A about=(
     [fmt]="rustfmt, and shellcheck over the scripts"
     [clippy]="clippy with warnings denied"
     [deny]="cargo-deny: bans, licenses, sources"
     [doc]="the documentation builds without a warning"
     [test]="unit, integration and documentation tests; the guest tests have a stage of their own"
+    [failpoints]="the daemon killed between any two steps of a completion"
     [loom]="loom models of the rings' memory ordering"
     [asan]="the iterator's and the vrings' tests under AddressSanitizer"
     [fuzz]="every fuzz target, a minute each"
@@ -30,7 +31,7 @@ passed=0 failed=0 skipped=0
 summary=()
 
 # Stages that must run at least one test: a filter that matches nothing proves nothing.
-readonly with_tests=" test loom asan fuzz guest "
+readonly with_tests=" test failpoints loom asan fuzz guest "
 
 # Ends a stage that has nothing to run, with the reason.
 readonly skip_status=77
@@ -118,7 +119,7 @@ stage_fmt() {
 }
 
 stage_clippy() {
-    cargo clippy --workspace --all-targets -- -D warnings
+    cargo clippy --workspace --all-targets --all-features -- -D warnings
 }
 
 stage_deny() {
@@ -142,13 +143,30 @@ stage_test() {
         local file others=()
         for file in tests/tests/*.rs; do
             file=$(basename "$file" .rs)
-            [[ $file == guest_* ]] || others+=(--test "$file")
+            [[ $file == guest_* || $file == failpoint_* ]] || others+=(--test "$file")
         done
         cargo test --no-fail-fast --workspace --exclude vublk-tests --lib --bins --tests || status=1
         cargo test --no-fail-fast -p vublk-tests --lib --bins "${others[@]}" || status=1
     fi
     cargo test --no-fail-fast --workspace --doc || status=1
     return $status
+}
+
+# A daemon that the environment can kill at an exact step.
+build_failpoints() {
+    cargo build -p vublk --features failpoints --target-dir "$target/failpoints" || return
+    export VUBLK_FAILPOINTS_BIN=$target/failpoints/debug/vublk
+}
+
+stage_failpoints() {
+    build_failpoints || return
+    if has_nextest; then
+        cargo nextest run --config-file ci/nextest.toml -p vublk-tests --features failpoints \
+            -E 'binary(/^failpoint_/)'
+    else
+        cargo test --no-fail-fast -p vublk-tests --features failpoints \
+            --test failpoint_crash --test failpoint_order
+    fi
 }
 
 stage_loom() {
@@ -203,6 +221,7 @@ stage_guest() {
     # What a run that was killed left behind.
     find "$guest_folder/run" -mindepth 1 -maxdepth 1 -mmin +1440 -exec rm -rf {} + 2>/dev/null
     cargo build --release -p vublk || return
+    build_failpoints || return
     local status=0
     export VUBLK_BIN=$target/release/vublk VUBLK_GUEST_DIR=$guest_folder
     if has_nextest; then

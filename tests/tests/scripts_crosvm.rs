@@ -52,7 +52,9 @@ impl Crosvm {
 
     /// activate: the table, then one ring after the other, enabled as it is described.
     fn activate(&self) -> Outcome {
-        let FrontEnd { peer, ram, vrings } = &self.front_end;
+        let FrontEnd {
+            peer, ram, vrings, ..
+        } = &self.front_end;
         let table = [words(&[1, 0]), region_payload(ram.numbers())].concat();
         peer.tell(code::SET_MEM_TABLE, &table, &[ram.fd()])?;
         for (index, vring) in (0_u32..).zip(vrings) {

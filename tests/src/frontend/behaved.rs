@@ -73,6 +73,8 @@ pub struct FrontEnd {
     pub ram: Rc<GuestRam>,
     /// Its vrings.
     pub vrings: Vec<Vring>,
+    /// The features of its options.
+    pub features: u64,
 }
 
 impl FrontEnd {
@@ -121,7 +123,12 @@ impl FrontEnd {
                 came: HashMap::new(),
             });
         }
-        Ok(FrontEnd { peer, ram, vrings })
+        Ok(FrontEnd {
+            peer,
+            ram,
+            vrings,
+            features: options.features,
+        })
     }
 
     /// Owner, features and protocol features: everything offered.
