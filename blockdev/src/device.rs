@@ -40,8 +40,8 @@ pub trait BlockDevice: Send + Sync + Debug {
     fn refresh(&self) -> io::Result<Geometry>;
 
     /// Takes the storage, so that nothing else serves it until [`release`](Self::release), and
-    /// makes sure that what others wrote to it before is seen. Does not wait for whoever has it, but
-    /// may take as long as storage takes. Devices that nobody else can open always have it.
+    /// makes sure that what others wrote to it before is seen. Does not wait for whoever has it,
+    /// but may take as long as storage takes. Devices that nobody else can open always have it.
     ///
     /// # Errors
     /// When the storage does not answer as it should.

@@ -1,5 +1,5 @@
-//! The order of a completion's steps: that it loses nothing is shown for every interleaving of them
-//! with a migration's reader and a crash, and that the daemon keeps it is seen in the daemon itself.
+//! The order of a completion's steps: that it loses nothing is shown for every interleaving of
+//! them with a migration's reader and a crash, and that the daemon keeps it is seen in itself.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
