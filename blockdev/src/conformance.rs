@@ -15,6 +15,7 @@
     reason = "all of it panics when something goes wrong"
 )]
 
+pub mod claims;
 pub mod contents;
 pub mod lifetimes;
 pub mod ranges;
@@ -150,6 +151,7 @@ macro_rules! conformance_checks {
             lifetimes: a_ring_that_goes_waits_for_its_ops,
             lifetimes: ops_never_submitted_are_given_back,
             lifetimes: an_op_taken_back_comes_back_once_and_did_nothing_or_all,
+            claims: what_was_written_outlives_every_claim,
         }
     };
     (@each $engine:expr, $subject:expr; $($group:ident: $check:ident,)*) => {
