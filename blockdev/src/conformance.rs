@@ -11,7 +11,6 @@
 
 #![expect(
     clippy::missing_panics_doc,
-    clippy::panic,
     reason = "all of it panics when something goes wrong"
 )]
 

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use blockdev::conformance::rig::Rig;
-use blockdev::{Access, BlockDevice, Claim, Direct, Durability, Engine, FileOptions, open};
+use blockdev::{Access, BlockDevice, Claim, Direct, Durability, Engine, FileOptions, Ring, open};
 use support::{LoopDevice, Place, Scratch, options};
 
 const ENGINES: [Engine; 2] = [Engine::IoUring, Engine::Threads];
@@ -108,11 +108,12 @@ fn a_ring_holds_the_claim_of_a_device_that_was_dropped() {
         let scratch = Scratch::on_disk(SIZE);
         let first = opened(scratch.path(), Access::ReadWrite);
         let second = opened(scratch.path(), Access::ReadWrite);
-        let rig = Rig::new(&first, engine);
+        let mut ring = Ring::new(engine).unwrap();
+        let channel = first.open_channel(&mut ring).unwrap();
         assert_eq!(first.claim().unwrap(), Claim::Held);
-        drop(first);
-        assert_ne!(second.claim().unwrap(), Claim::Held);
-        drop(rig);
+        drop((first, channel));
+        assert_eq!(second.claim().unwrap(), Claim::Busy);
+        drop(ring);
         // io_uring lets go of its files a moment after its descriptor was closed.
         while second.claim().unwrap() != Claim::Held {
             std::thread::yield_now();
