@@ -212,9 +212,13 @@ impl BlockDevice for FileDevice {
         } = &*self.shared;
         let claim = keeper::lock(file, geometry.access)?;
         // What the page cache kept from an earlier time may not be what the file holds now.
-        if claim != Claim::Busy && direct.is_none() {
-            file.sync_data()?;
-            keeper::drop_cache(file)?;
+        if claim != Claim::Busy
+            && direct.is_none()
+            && let Err(error) = file.sync_data().and_then(|()| keeper::drop_cache(file))
+        {
+            // Whoever is told that a claim failed does not give it back.
+            keeper::unlock(file)?;
+            return Err(error);
         }
         Ok(claim)
     }

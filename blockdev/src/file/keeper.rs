@@ -25,14 +25,25 @@ pub(super) fn lock(file: &File, access: Access) -> io::Result<Claim> {
     };
     match error.raw_os_error() {
         Some(libc::EAGAIN | libc::EACCES) => Ok(Claim::Busy),
-        Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL) => Ok(Claim::Unguarded),
+        _ if has_no_locks(&error) => Ok(Claim::Unguarded),
         _ => Err(error),
     }
 }
 
-/// Gives the lock up.
+/// Gives the lock up, where there can be one.
 pub(super) fn unlock(file: &File) -> io::Result<()> {
-    set(file, libc::F_UNLCK)
+    match set(file, libc::F_UNLCK) {
+        Err(error) if has_no_locks(&error) => Ok(()),
+        result => result,
+    }
+}
+
+/// Whether this is what a file system without locks says.
+fn has_no_locks(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)
+    )
 }
 
 /// Lets go of what the page cache has of the file, as far as it is not dirty.
