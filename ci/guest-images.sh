@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Prepares what the guest tests boot, in target/guest or $VUBLK_GUEST_DIR: the distribution's kernel
 # for virtual machines (downloaded, not installed), an initramfs of busybox, the virtio modules and
-# the agent of tests/guest/init, and an ext4 image with fio and the ext4 tools. Does nothing when
+# the agent of tests/guest/init, and an ext4 image with fio, the ext4 tools and the load of
+# tests/load, which also stands beside the images to fill disks on the host. Does nothing when
 # nothing changed. Remove the folder to get a newer kernel.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=packages.sh
@@ -10,7 +11,7 @@ set -euo pipefail
 folder=${VUBLK_GUEST_DIR:-$root/target/guest}
 # In the order they must be loaded in.
 modules=(virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk
-    virtio_console)
+    virtio_console virtio_balloon)
 programs=(dash dd fio mke2fs e2fsck blkdiscard blockdev)
 
 # Downloads a package and unpacks it into a folder, unless that was done before.
@@ -63,6 +64,15 @@ build_initramfs() {
         >"$folder/build/initramfs.gz"
 }
 
+# One static program for host and guest.
+build_load() {
+    local host
+    host=$(rustc -vV | sed -n 's/^host: //p')
+    RUSTFLAGS="-C target-feature=+crt-static" cargo build --quiet --release --target "$host" \
+        --target-dir "$target/guest-load" -p guest-load
+    load=$target/guest-load/$host/release/guest-load
+}
+
 build_tools() {
     local tree=$folder/build/tools name path
     mkdir -p "$tree"/{bin,lib,lib64}
@@ -72,6 +82,7 @@ build_tools() {
         ldd "$path" | awk '$2 == "=>" && $3 ~ /^\// { print $3 }'
     done | sort -u | xargs cp -L -t "$tree/lib"
     cp -L /lib64/ld-linux-x86-64.so.2 "$tree/lib64/"
+    cp "$load" "$tree/bin/"
     local mib
     mib=$(du -sm "$tree" | cut -f 1)
     mke2fs -q -t ext4 -O ^has_journal -m 0 -d "$tree" "$folder/build/tools.ext4" $((mib + 32))M
@@ -80,14 +91,17 @@ build_tools() {
 PATH=$PATH:/usr/sbin:/sbin
 install_qemu
 install_packages fio e2fsprogs util-linux coreutils dash xz-utils
+build_load
 
 inputs=$(
     cat "$0" "$root/tests/guest/init"
+    sha256sum <"$load"
     dpkg-query -W fio e2fsprogs util-linux coreutils dash libc6
 )
 stamp=$(sha256sum <<<"$inputs" | cut -d ' ' -f 1)
 if [ "$(cat "$folder/stamp" 2>/dev/null)" = "$stamp" ] && [ -e "$folder/vmlinuz" ] \
-    && [ -e "$folder/initramfs.gz" ] && [ -e "$folder/tools.ext4" ]; then
+    && [ -e "$folder/initramfs.gz" ] && [ -e "$folder/tools.ext4" ] \
+    && [ -e "$folder/guest-load" ]; then
     echo "the guest images in $folder are up to date"
     exit 0
 fi
@@ -99,7 +113,8 @@ unpack_package busybox-static "$folder/busybox"
 build_initramfs
 build_tools
 cp "$folder"/kernel/boot/vmlinuz-* "$folder/build/vmlinuz"
-mv -f "$folder"/build/{vmlinuz,initramfs.gz,tools.ext4} "$folder/"
+cp "$load" "$folder/build/"
+mv -f "$folder"/build/{vmlinuz,initramfs.gz,tools.ext4,guest-load} "$folder/"
 rm -rf "$folder/build"
 echo "$stamp" >"$folder/stamp"
 echo "the guest images in $folder are ready"
