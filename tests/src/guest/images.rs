@@ -12,8 +12,10 @@ pub struct Images {
     pub kernel: PathBuf,
     /// Busybox, the virtio modules and the agent.
     pub initramfs: PathBuf,
-    /// An ext4 image with fio, the ext4 tools and the libraries they need.
+    /// An ext4 image with fio, the ext4 tools, the load and the libraries they need.
     pub tools: PathBuf,
+    /// The program of `tests/load`, for the host.
+    pub load: PathBuf,
 }
 
 impl Images {
@@ -35,6 +37,7 @@ impl Images {
             kernel: existing("vmlinuz")?,
             initramfs: existing("initramfs.gz")?,
             tools: existing("tools.ext4")?,
+            load: existing("guest-load")?,
         })
     }
 }

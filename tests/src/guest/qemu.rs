@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::daemon::on_off;
+use super::spec::on_off;
 use super::{Daemon, Guest, GuestError, Images, Scratch};
 
 const ACCELERATOR: &str = "VUBLK_GUEST_ACCEL";
@@ -28,6 +28,7 @@ const KERNEL_OPTIONS: &str = "console=ttyS0 panic=-1 quiet no_timer_check nohz=o
 pub struct Disk {
     socket: PathBuf,
     queues: u16,
+    reconnects: bool,
     properties: Vec<(String, String)>,
 }
 
@@ -44,6 +45,7 @@ impl Disk {
         Self {
             socket: socket.to_owned(),
             queues,
+            reconnects: false,
             properties: Vec::new(),
         }
     }
@@ -52,6 +54,13 @@ impl Disk {
     #[must_use]
     pub fn queues(mut self, queues: u16) -> Self {
         self.queues = queues;
+        self
+    }
+
+    /// Looks for the daemon again, ten times a second, when its connection ends.
+    #[must_use]
+    pub fn reconnect(mut self) -> Self {
+        self.reconnects = true;
         self
     }
 
@@ -73,6 +82,27 @@ impl Disk {
         self.property("indirect_desc", on_off(on))
     }
 
+    fn add_to(&self, command: &mut Command, slot: u8) {
+        let id = format!("disk{}", slot - FIRST_DISK_SLOT);
+        let reconnect = if self.reconnects {
+            ",reconnect-ms=100"
+        } else {
+            ""
+        };
+        command.arg("-chardev").arg(with_path(
+            &format!("socket,id={id},path="),
+            &self.socket,
+            reconnect,
+        ));
+        let queues = self.queues;
+        let mut device =
+            format!("vhost-user-blk-pci,chardev={id},addr={slot:#x},num-queues={queues}");
+        for (name, value) in &self.properties {
+            device.push_str(&format!(",{name}={value}"));
+        }
+        command.args(["-device", &device]);
+    }
+
     /// Any other property of QEMU's vhost-user-blk-pci.
     #[must_use]
     pub fn property(mut self, name: &str, value: &str) -> Self {
@@ -86,6 +116,7 @@ impl Disk {
 pub struct Builder {
     memory_mib: u32,
     huge_pages: bool,
+    slots: Option<(u8, u32)>,
     cpus: u16,
     disks: Vec<Disk>,
     arguments: Vec<OsString>,
@@ -96,6 +127,7 @@ impl Default for Builder {
         Self {
             memory_mib: 256,
             huge_pages: false,
+            slots: None,
             cpus: 2,
             disks: Vec::new(),
             arguments: Vec::new(),
@@ -115,6 +147,13 @@ impl Builder {
     #[must_use]
     pub fn huge_pages(mut self) -> Self {
         self.huge_pages = true;
+        self
+    }
+
+    /// Leaves room to plug memory in: so many slots, up to so many MiB in all.
+    #[must_use]
+    pub fn memory_slots(mut self, slots: u8, max_mib: u32) -> Self {
+        self.slots = Some((slots, max_mib));
         self
     }
 
@@ -172,6 +211,25 @@ impl Builder {
         Guest::start(command, paths)
     }
 
+    /// Starts a QEMU that waits for a guest to migrate to it.
+    ///
+    /// # Errors
+    /// As `start`.
+    pub fn start_incoming(&self, scratch: &Scratch) -> Result<Guest, GuestError> {
+        let builder = self.clone().argument("-incoming").argument("defer");
+        builder.start(scratch)
+    }
+
+    /// The same guest on other disks, as a migration's destination has it.
+    #[must_use]
+    pub fn with_disks(&self, disks: impl IntoIterator<Item = Disk>) -> Self {
+        let disks = disks.into_iter().collect();
+        Self {
+            disks,
+            ..self.clone()
+        }
+    }
+
     fn command(&self, images: &Images, paths: &Paths) -> Result<Command, GuestError> {
         let memory = self.memory_mib;
         let backend = if self.huge_pages {
@@ -187,7 +245,10 @@ impl Builder {
                 "-smp",
                 &self.cpus.to_string(),
                 "-m",
-                &format!("{memory}M"),
+                &match self.slots {
+                    None => format!("{memory}M"),
+                    Some((slots, max)) => format!("{memory}M,slots={slots},maxmem={max}M"),
+                },
                 "-object",
             ])
             .arg(format!(
@@ -224,19 +285,7 @@ impl Builder {
                 &format!("virtio-blk-pci,drive=tools,addr={TOOLS_SLOT:#x}"),
             ]);
         for (slot, disk) in (FIRST_DISK_SLOT..).zip(&self.disks) {
-            let id = format!("disk{}", slot - FIRST_DISK_SLOT);
-            command.arg("-chardev").arg(with_path(
-                &format!("socket,id={id},path="),
-                &disk.socket,
-                "",
-            ));
-            let queues = disk.queues;
-            let mut device =
-                format!("vhost-user-blk-pci,chardev={id},addr={slot:#x},num-queues={queues}");
-            for (name, value) in &disk.properties {
-                device.push_str(&format!(",{name}={value}"));
-            }
-            command.args(["-device", &device]);
+            disk.add_to(&mut command, slot);
         }
         command.args(&self.arguments);
         Ok(command)

@@ -162,6 +162,11 @@ impl Guest {
         }
     }
 
+    /// Waits until QEMU has left, as QMP told it to.
+    pub(super) fn wait_end(mut self) -> Result<(), GuestError> {
+        self.qemu.wait_success(BOOT_LIMIT)
+    }
+
     /// Kills QEMU with SIGKILL, whatever it is doing, and waits until it is gone.
     ///
     /// # Errors
