@@ -7,6 +7,7 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::available_parallelism;
+use std::time::Duration;
 
 use blockdev::{Access, BlockDevice, Direct, Engine, FileOptions, OpenError, Ring};
 use log::{info, warn};
@@ -81,7 +82,9 @@ impl Start {
             serial: args.serial.clone(),
             num_queues,
         };
-        let device = Arc::new(BlkDevice::new(DeviceId(0), storage, &options)?);
+        let device = BlkDevice::new(DeviceId(0), storage, &options)?;
+        let lock_timeout = Duration::from_secs(args.lock_timeout);
+        let device = Arc::new(device.with_lock_timeout(lock_timeout));
         let config = WorkersConfig {
             workers: workers.min(MAX_WORKERS),
             cpus: args.cpus.clone().map_or(Vec::new(), |list| list.0),
@@ -100,7 +103,12 @@ impl Start {
             config.workers,
             config.engine,
         );
-        let control = Control::new(vec![(listen, device)], crew, Some(signals))?;
+        let control = Control::new(
+            vec![(listen, device)],
+            crew,
+            Some(signals),
+            Some(Duration::from_secs(args.drain_timeout)),
+        )?;
         Ok(Start { control, advice })
     }
 }

@@ -49,7 +49,8 @@ fn why(served: Outcome<Served>) -> Outcome<ListenError> {
         ControlError::Listen(error) => Ok(error),
         other @ (ControlError::Setup { .. }
         | ControlError::Events(_)
-        | ControlError::Interrupted) => Err(other.into()),
+        | ControlError::Interrupted
+        | ControlError::DrainTimedOut(_)) => Err(other.into()),
     }
 }
 

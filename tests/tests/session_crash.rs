@@ -1,10 +1,36 @@
 //! What a front end finds again when the daemon, or the connection, was gone for a while.
 
-use blockdev::fault::FaultPlan;
+use std::os::unix::net::UnixStream;
+
+use blockdev::fault::{FaultHandle, FaultPlan};
 use blockdev::open;
 use vublk_tests::frontend::{
-    DirtyLog, FrontEnd, InflightFile, Kind, LOG_ALL, Options, Outcome, ServeOptions, Served,
+    Descriptor, DirtyLog, FrontEnd, InflightFile, Kind, LOG_ALL, Options, Outcome, Peer,
+    ServeOptions, Served, code, words,
 };
+
+/// Storage on which requests stick, and the daemon that serves it.
+fn sticky() -> Outcome<(Served, FaultHandle)> {
+    let (device, handle) = open::fault(FaultPlan::benign(4 << 20, 512, 1))?;
+    let served = Served::start_with(&ServeOptions {
+        storage: Some(device),
+        ..ServeOptions::default()
+    })?;
+    Ok((served, handle))
+}
+
+fn wait_stuck(handle: &FaultHandle, count: usize) {
+    while handle.stuck_now() < count {
+        std::thread::yield_now();
+    }
+}
+
+/// The front end's connection goes; the daemon learns of it.
+fn hang_up(front_end: &mut FrontEnd) -> Outcome {
+    let (nobody, _) = UnixStream::pair()?;
+    front_end.peer = Peer::new(nobody)?;
+    Ok(())
+}
 
 fn options() -> Options {
     Options {
@@ -27,11 +53,7 @@ fn recorded(served: &Served) -> Outcome<(FrontEnd, InflightFile)> {
 
 #[test]
 fn requests_of_a_lost_connection_are_done_again() -> Outcome {
-    let (device, handle) = open::fault(FaultPlan::benign(4 << 20, 512, 1))?;
-    let served = Served::start_with(&ServeOptions {
-        storage: Some(device),
-        ..ServeOptions::default()
-    })?;
+    let (served, handle) = sticky()?;
     let (mut front_end, inflight) = recorded(&served)?;
     front_end.verify(1)?;
     handle.stick();
@@ -39,12 +61,9 @@ fn requests_of_a_lost_connection_are_done_again() -> Outcome {
     let writes: Vec<u16> = (0..5)
         .map(|place| front_end.submit(1, place, (Kind::Out, u64::from(place) * 8), &data))
         .collect::<Outcome<_>>()?;
-    while handle.stuck_now() < 5 {
-        std::thread::yield_now();
-    }
-    // The connection goes; what is stuck ends, and nobody is told.
-    let (nobody, _) = std::os::unix::net::UnixStream::pair()?;
-    front_end.peer = vublk_tests::frontend::Peer::new(nobody)?;
+    wait_stuck(&handle, 5);
+    // What is stuck ends, and nobody is told.
+    hang_up(&mut front_end)?;
     handle.release();
     let peer = served.connect()?;
     front_end.reconnect(peer, 0, &inflight)?;
@@ -116,5 +135,88 @@ fn what_requests_change_is_marked_in_the_log_of_the_moment() -> Outcome {
     second.take()?;
     front_end.read(1, 0, 8192)?;
     assert_eq!(second.take()?, [0_u64; 0], "the log was given back");
+    served.stop()
+}
+
+/// Requests that read one sector each, all into the same memory.
+fn offer_reads(front_end: &mut FrontEnd, count: u16) -> Outcome {
+    let ram = front_end.ram.clone();
+    let vring = front_end.vring(0)?;
+    let [header, status, bytes] = vring.places(1);
+    ram.write(header, &Kind::In.header(0))?;
+    let chain = [
+        Descriptor::source(header, 16),
+        Descriptor::dest(bytes, 512),
+        Descriptor::dest(status, 1),
+    ];
+    for place in 0..count {
+        vring.ring.offer_chain(place * 3, &chain)?;
+    }
+    vring.kick.write(1)?;
+    Ok(())
+}
+
+/// More than a vring may start at once, so that others get their turn.
+#[test]
+fn more_requests_than_fit_a_turn_are_done_again() -> Outcome {
+    let (served, handle) = sticky()?;
+    let options = Options {
+        vrings: 1,
+        size: 1024,
+        features: 0,
+    };
+    let mut front_end = FrontEnd::attach(served.connect()?, options)?;
+    let inflight = InflightFile::get(&front_end.peer, 1, 1024)?;
+    inflight.set(&front_end.peer)?;
+    front_end.start_vring(0, 0)?;
+    for (round, count) in [(1, 129), (2, 300)] {
+        handle.stick();
+        offer_reads(&mut front_end, count)?;
+        wait_stuck(&handle, count.into());
+        hang_up(&mut front_end)?;
+        handle.release();
+        front_end.reconnect(served.connect()?, 0, &inflight)?;
+        for place in 0..count {
+            front_end.vring(0)?.wait_used(place * 3)?;
+        }
+        front_end.verify(round)?;
+    }
+    // A stop waits for all of them as well, popped or not.
+    handle.stick();
+    offer_reads(&mut front_end, 300)?;
+    wait_stuck(&handle, 300);
+    hang_up(&mut front_end)?;
+    handle.release();
+    front_end.reconnect(served.connect()?, 0, &inflight)?;
+    let base = front_end.peer.vring_base(0)?;
+    assert_eq!(base, u32::from(front_end.vring(0)?.ring.used_index()?));
+    served.stop()
+}
+
+/// Cloud Hypervisor stops no vring when it pauses its guest to copy the last pages: it disables
+/// them, and takes the acknowledgement for the end.
+#[test]
+fn a_disabled_vring_is_quiet_when_that_is_acknowledged() -> Outcome {
+    let (served, handle) = sticky()?;
+    let mut front_end = FrontEnd::start(served.connect()?, options())?;
+    handle.stick();
+    let heads: Vec<u16> = (0..3)
+        .map(|place| front_end.submit(0, place, (Kind::In, 0), &[0xa5; 4096]))
+        .collect::<Outcome<_>>()?;
+    wait_stuck(&handle, 3);
+    let releasing = std::thread::spawn(move || handle.release());
+    let disable = words(&[0, 0]);
+    front_end
+        .peer
+        .confirm(code::SET_VRING_ENABLE, &disable, &[])?;
+    assert_eq!(
+        front_end.vring(0)?.ring.used_index()?,
+        3,
+        "all of it came back"
+    );
+    assert!(releasing.join().is_ok());
+    for head in heads {
+        assert_eq!(front_end.wait(0, head)?, 0);
+    }
     served.stop()
 }

@@ -34,7 +34,7 @@ fn signals_report_and_then_end_the_daemon() -> Outcome {
             engine: Engine::IoUring,
         };
         let workers = Workers::spawn(&config, std::slice::from_ref(&device))?;
-        let control = Control::new(vec![(listen, device)], workers, Some(signals))?;
+        let control = Control::new(vec![(listen, device)], workers, Some(signals), None)?;
         ready.send(())?;
         Ok(control.run()?)
     });

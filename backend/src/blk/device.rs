@@ -1,9 +1,10 @@
 //! A virtio-blk device: storage, and what its options say of it.
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use blockdev::BlockDevice;
+use blockdev::{BlockDevice, Geometry, Sector};
 use thiserror::Error;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES,
@@ -16,6 +17,9 @@ use crate::worker::DeviceId;
 
 /// Bytes of the string GET_ID answers (virtio 5.2.6): shorter ones are padded with NUL.
 pub const SERIAL_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
+
+/// How long the lock on a device's storage is waited for when nothing is said.
+pub const DEFAULT_LOCK_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Whether a write is answered before it is stable (virtio 5.2.5, `writeback`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +58,10 @@ pub struct BlkDevice {
     storage: Arc<dyn BlockDevice>,
     serial: [u8; SERIAL_BYTES],
     num_queues: u16,
+    lock_timeout: Duration,
+    /// The capacity that the configuration space shows, in sectors: the storage's, once every
+    /// worker goes by it.
+    capacity: AtomicU64,
     cache: AtomicU8,
     counters: Mutex<Vec<Arc<Counters>>>,
 }
@@ -81,12 +89,48 @@ impl BlkDevice {
         }
         Ok(BlkDevice {
             id,
+            lock_timeout: DEFAULT_LOCK_TIMEOUT,
+            capacity: AtomicU64::new(storage.geometry().capacity.0),
             storage,
             serial,
             num_queues: options.num_queues,
             cache: AtomicU8::new(WriteCache::Writeback as u8),
             counters: Mutex::new(Vec::new()),
         })
+    }
+
+    /// The same, with another time to wait for the lock on its storage.
+    #[must_use]
+    pub fn with_lock_timeout(self, lock_timeout: Duration) -> BlkDevice {
+        BlkDevice {
+            lock_timeout,
+            ..self
+        }
+    }
+
+    /// How long to wait for the lock on its storage.
+    #[must_use]
+    pub fn lock_timeout(&self) -> Duration {
+        self.lock_timeout
+    }
+
+    /// Whether the storage has another capacity than the configuration space shows.
+    #[must_use]
+    pub fn is_resized(&self) -> bool {
+        self.storage.geometry().capacity != self.capacity()
+    }
+
+    /// Shows the storage's capacity in the configuration space; the one shown before and the new
+    /// one, in sectors, if they differ. All workers go by the new one already.
+    pub fn publish_capacity(&self) -> Option<(u64, u64)> {
+        let new = self.storage.geometry().capacity.0;
+        let old = self.capacity.swap(new, Ordering::AcqRel);
+        (old != new).then_some((old, new))
+    }
+
+    /// The capacity that the configuration space shows.
+    fn capacity(&self) -> Sector {
+        Sector(self.capacity.load(Ordering::Acquire))
     }
 
     /// Its place in the daemon.
@@ -135,8 +179,12 @@ impl BlkDevice {
     /// so breaks the vhost-user specification.
     #[must_use]
     pub fn read_config(&self, offset: u32, len: u32) -> Option<Vec<u8>> {
+        let geometry = Geometry {
+            capacity: self.capacity(),
+            ..self.storage.geometry()
+        };
         let bytes = config::bytes(
-            &self.storage.geometry(),
+            &geometry,
             &self.storage.capabilities(),
             self.num_queues,
             self.configured_cache(),

@@ -12,7 +12,9 @@ mod tests;
 
 pub use config::ConfigError;
 pub use counters::Counters;
-pub use device::{BlkDevice, BlkOptions, BlkOptionsError, SERIAL_BYTES, WriteCache};
+pub use device::{
+    BlkDevice, BlkOptions, BlkOptionsError, DEFAULT_LOCK_TIMEOUT, SERIAL_BYTES, WriteCache,
+};
 pub use profile::Profile;
 pub use ranges::Range;
 pub use request::{Admitted, Driver, Header, Kind, Malformed, RangeOp, Request, Status, refuse};

@@ -197,6 +197,9 @@ impl Request {
         owed.settle();
         if writable > MAX_REQUEST_BYTES + STATUS_BYTES {
             refuse(&slot, &hold, status, log);
+            if let Some(log) = log.filter(|_| moved > 0) {
+                mark(&dest, &slot, log);
+            }
             return Used { head, len: 0 };
         }
         if dest.restore(payload).is_ok() {

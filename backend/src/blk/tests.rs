@@ -545,6 +545,22 @@ fn only_the_status_of_an_oversized_request_is_marked() {
 }
 
 #[test]
+fn the_serial_in_an_oversized_request_is_marked() {
+    let guest = Guest::new(&[&header(VIRTIO_BLK_T_GET_ID, 0)], &[16 << 20, 512, 1]);
+    let (mut request, _, _, hold) = guest.parse().unwrap();
+    let moved = request.identify(&hold, b"a serial of 20 bytes");
+    assert_eq!(moved, 20);
+    let witness = Witness::new(&guest);
+    let _ = request.finish(hold, moved, Status::Ok, Some(&witness));
+    assert!(
+        witness
+            .marks
+            .borrow()
+            .contains(&(guest.dest[0].0, 16 << 20))
+    );
+}
+
+#[test]
 fn what_a_device_may_have_written_for_an_abandoned_request_is_marked() {
     let guest = Guest::new(&[&header(VIRTIO_BLK_T_IN, 0)], &[512, 1024, 1]);
     let (request, _, _, hold) = guest.parse().unwrap();

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Parser, ValueEnum};
 
-use crate::blk::SERIAL_BYTES;
+use crate::blk::{DEFAULT_LOCK_TIMEOUT, SERIAL_BYTES};
 use values::{cpu_list, serial, size};
 
 pub use values::{CpuList, Size};
@@ -21,11 +21,15 @@ pub const DEFAULT_SOCKET: &str = "./vublk.sock";
 /// The size of the memory device that is served when nothing is said, in bytes.
 pub const DEFAULT_MEMORY: u64 = 1 << 30;
 
+/// How long requests in flight are waited for at the end when nothing is said, in seconds.
+pub const DEFAULT_DRAIN_TIMEOUT: u64 = 60;
+
 /// Serves a block device to a virtual machine over vhost-user.
 ///
 /// Without any option it serves 1 GiB of memory on ./vublk.sock, and prints what to give QEMU or
 /// Cloud Hypervisor. It runs in the foreground; SIGTERM and SIGINT drain what is in flight and
-/// leave, SIGUSR1 logs a line of counters per device. RUST_LOG=debug says more.
+/// leave, SIGUSR1 logs a line of counters per device, SIGHUP asks for the image's size again.
+/// RUST_LOG=debug says more.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "vublk", version, max_term_width = 100)]
 #[command(group = ArgGroup::new("storage").args(["blk_file", "memory", "null"]))]
@@ -82,6 +86,14 @@ pub struct Args {
     /// Bypass the host's page cache
     #[arg(long, value_name = "on|off", default_value = "on")]
     pub direct: Switch,
+
+    /// How long to wait for an image that another process has locked
+    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_LOCK_TIMEOUT.as_secs())]
+    pub lock_timeout: u64,
+
+    /// How long SIGTERM waits for requests in flight
+    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_DRAIN_TIMEOUT)]
+    pub drain_timeout: u64,
 
     /// How I/O is done [default: io_uring, threads on hosts without it]
     #[arg(long, value_name = "ENGINE")]

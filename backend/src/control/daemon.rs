@@ -1,7 +1,7 @@
 //! What the event loop dispatches to.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use log::{error, info, warn};
@@ -11,7 +11,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::port::{PORTS, Port, Side, side};
 use super::signals::{Request, Signals};
 use super::{ControlError, faults};
-use crate::worker::{Report, Workers};
+use crate::worker::{Errand, Report, Workers};
 
 /// How often the log says what is being waited for.
 const WAIT_LOG_PERIOD: Duration = Duration::from_secs(5);
@@ -35,6 +35,10 @@ pub(super) struct Daemon {
     timer: TimerFd,
     ticking: Ticking,
     phase: Phase,
+    /// How long requests in flight may take once the daemon is told to leave; none waits for ever.
+    drain_timeout: Option<Duration>,
+    /// When that ends.
+    deadline: Option<Instant>,
     /// Why the event loop cannot watch what it has to.
     failure: Option<event_manager::Error>,
 }
@@ -50,6 +54,8 @@ pub(super) enum Phase {
     Done,
     /// It was told to leave a second time.
     Interrupted,
+    /// Requests did not come back in the time they were given.
+    TimedOut,
 }
 
 /// Whether the timer runs. It does not while nothing waits: an idle daemon is not woken.
@@ -65,6 +71,7 @@ impl Daemon {
         workers: Workers,
         signals: Option<Signals>,
         stop: Arc<EventFd>,
+        drain_timeout: Option<Duration>,
     ) -> Result<Daemon, ControlError> {
         let fault = faults::watch().map_err(|source| ControlError::Setup {
             what: "the SIGBUS handler",
@@ -83,6 +90,8 @@ impl Daemon {
             timer,
             ticking: Ticking::Still,
             phase: Phase::Serving,
+            drain_timeout,
+            deadline: None,
             failure: None,
         })
     }
@@ -106,13 +115,16 @@ impl Daemon {
             Phase::Serving => {
                 info!("leaving as soon as the requests in flight are done");
                 self.phase = Phase::Draining;
+                self.deadline = self.drain_timeout.map(|timeout| Instant::now() + timeout);
+                // One that runs may run for longer than that.
+                self.ticking = Ticking::Still;
                 let Daemon { ports, workers, .. } = self;
                 for (place, port) in (0..).zip(ports.iter_mut()) {
                     port.drain(place, &*workers, ops);
                 }
             }
             Phase::Draining => self.phase = Phase::Interrupted,
-            Phase::Done | Phase::Interrupted => {}
+            Phase::Done | Phase::Interrupted | Phase::TimedOut => {}
         }
     }
 
@@ -120,6 +132,11 @@ impl Daemon {
         while let Some(request) = self.signals.as_mut().and_then(Signals::next) {
             match request {
                 Request::Leave => self.told_to_leave(ops),
+                Request::Refresh => {
+                    for port in &self.ports {
+                        self.workers.errand(port.device().id(), Errand::Refresh);
+                    }
+                }
                 Request::Report => {
                     for port in &self.ports {
                         info!("{}", port.device().counters_line());
@@ -135,7 +152,8 @@ impl Daemon {
             let device = match report {
                 Report::Adopted(device, _)
                 | Report::Released(device, _)
-                | Report::Fenced(device, _) => device,
+                | Report::Fenced(device, _)
+                | Report::Helper(device, _) => device,
                 Report::Stopped { id, .. } | Report::Broken(id) => id.device,
             };
             for (place, port) in (0..).zip(ports.iter_mut()) {
@@ -177,7 +195,7 @@ impl Daemon {
         }
         for port in &self.ports {
             if let Some((since, what)) = port.waits_for()
-                && since >= WAIT_LOG_PERIOD
+                && (since >= WAIT_LOG_PERIOD || self.is_late())
             {
                 warn!(
                     "{}: {what}, for {} s now",
@@ -186,6 +204,25 @@ impl Daemon {
                 );
             }
         }
+        if matches!(self.phase, Phase::Draining) && self.is_late() {
+            self.phase = Phase::TimedOut;
+        }
+    }
+
+    /// Whether requests had all the time they were given.
+    fn is_late(&self) -> bool {
+        self.deadline
+            .is_some_and(|deadline| deadline <= Instant::now())
+    }
+
+    /// How long the timer runs: until somebody has waited long enough to say so, or too long.
+    fn tick_after(&self) -> Duration {
+        let left = self
+            .deadline
+            .map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        // A timer of no time at all is none.
+        let least = Duration::from_millis(1);
+        left.map_or(WAIT_LOG_PERIOD, |left| left.clamp(least, WAIT_LOG_PERIOD))
     }
 
     /// Runs the timer exactly while somebody waits.
@@ -194,7 +231,7 @@ impl Daemon {
         let set = match (waiting, self.ticking) {
             (true, Ticking::Still) => {
                 self.ticking = Ticking::Running;
-                self.timer.reset(WAIT_LOG_PERIOD, None)
+                self.timer.reset(self.tick_after(), None)
             }
             (false, Ticking::Running) => {
                 self.ticking = Ticking::Still;

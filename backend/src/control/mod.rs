@@ -10,6 +10,7 @@ mod signals;
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use event_manager::{EventManager, SubscriberOps};
 use log::info;
@@ -44,6 +45,13 @@ pub enum ControlError {
     /// A second signal came while the first was being obeyed.
     #[error("told to leave a second time; requests in flight were not waited for")]
     Interrupted,
+    /// Requests did not come back in the time they were given.
+    #[error(
+        "requests are still in flight after the {} s that --drain-timeout gives them; those that \
+         are recorded for their front end are done again by the next daemon",
+        .0.as_secs()
+    )]
+    DrainTimedOut(Duration),
 }
 
 /// The control thread's work, ready to run.
@@ -52,6 +60,7 @@ pub struct Control {
     events: EventManager<Daemon>,
     daemon: event_manager::SubscriberId,
     stop: Arc<EventFd>,
+    drain_timeout: Option<Duration>,
 }
 
 /// Stops a [`Control`] from another thread, as SIGTERM would.
@@ -71,8 +80,9 @@ impl StopHandle {
 impl Control {
     /// Opens the sockets. Each serves one device, one front end at a time.
     ///
-    /// `signals` says whether SIGTERM, SIGINT and SIGUSR1 are obeyed; they have to be blocked
-    /// before the workers are started, which is why they are made by the caller.
+    /// `signals` says whether SIGTERM, SIGINT, SIGUSR1 and SIGHUP are obeyed; they have to be
+    /// blocked before the workers are started, which is why they are made by the caller.
+    /// `drain_timeout` bounds how long requests in flight are waited for at the end.
     ///
     /// # Errors
     /// What cannot be opened, with the mend where there is one.
@@ -80,6 +90,7 @@ impl Control {
         sockets: Vec<(Listen, Arc<BlkDevice>)>,
         workers: Workers,
         signals: Option<Signals>,
+        drain_timeout: Option<Duration>,
     ) -> Result<Control, ControlError> {
         let stop =
             EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| ControlError::Setup {
@@ -91,7 +102,7 @@ impl Control {
         for (listen, device) in sockets {
             ports.push(Port::open(listen, device, workers.count())?);
         }
-        let daemon = Daemon::new(ports, workers, signals, stop.clone())?;
+        let daemon = Daemon::new(ports, workers, signals, stop.clone(), drain_timeout)?;
         let mut events = EventManager::new()?;
         let daemon = events.add_subscriber(daemon);
         if let Some(failure) = events.subscriber_mut(daemon)?.take_failure() {
@@ -101,6 +112,7 @@ impl Control {
             events,
             daemon,
             stop,
+            drain_timeout,
         })
     }
 
@@ -122,6 +134,10 @@ impl Control {
                 Phase::Serving | Phase::Draining => {}
                 Phase::Done => break,
                 Phase::Interrupted => return Err(ControlError::Interrupted),
+                Phase::TimedOut => {
+                    let timeout = self.drain_timeout.unwrap_or_default();
+                    return Err(ControlError::DrainTimedOut(timeout));
+                }
             }
         }
         let daemon = self.events.remove_subscriber(self.daemon)?;

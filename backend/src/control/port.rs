@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events};
-use log::error;
+use log::{error, info};
 
 use super::listen::{Listen, ListenError, Socket};
 use crate::blk::BlkDevice;
 use crate::proto::Connection;
 use crate::session::{Crew, Link, Remains, Wants};
-use crate::worker::{Report, StopMode};
+use crate::worker::{Command, Outcome, Report, StopMode};
 
 /// A device, the socket it is served on, and its front end.
 #[derive(Debug)]
@@ -159,6 +159,20 @@ impl Port {
         if let Some(link) = &mut self.link {
             link.reported(worker, report, crew);
             self.refresh(place, crew, ops);
+        } else if matches!(report, Report::Helper(_, Outcome::Refreshed)) {
+            self.resize(crew);
+        }
+    }
+
+    /// The device's size changed while nobody uses it. The workers hear of it before they hear of
+    /// the next vring.
+    fn resize(&self, crew: &dyn Crew) {
+        for worker in 0..crew.count() {
+            crew.send(worker, Command::Resize(self.device.id()));
+        }
+        if let Some((old, new)) = self.device.publish_capacity() {
+            let name = self.device.name();
+            info!("{name}: {new} sectors now, {old} before");
         }
     }
 

@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use vmm_sys_util::signal::{block_signal, create_sigset};
 
 /// The signals that are obeyed.
-const OBEYED: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1];
+const OBEYED: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1, libc::SIGHUP];
 
 /// What a signal asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +17,8 @@ pub(super) enum Request {
     Leave,
     /// Log a line for each device.
     Report,
+    /// Ask every device's storage for its size.
+    Refresh,
 }
 
 /// The signals of the process, taken from their default actions.
@@ -24,8 +26,8 @@ pub(super) enum Request {
 pub struct Signals(File);
 
 impl Signals {
-    /// Blocks SIGTERM, SIGINT and SIGUSR1 in this thread and in those it starts later, so that
-    /// they arrive here only, and ignores SIGPIPE.
+    /// Blocks SIGTERM, SIGINT, SIGUSR1 and SIGHUP in this thread and in those it starts later, so
+    /// that they arrive here only, and ignores SIGPIPE.
     ///
     /// # Errors
     /// The kernel's, from the mask or the signalfd.
@@ -55,6 +57,7 @@ impl Signals {
         let (number, _) = record.split_first_chunk::<4>()?;
         match i32::from_ne_bytes(*number) {
             libc::SIGUSR1 => Some(Request::Report),
+            libc::SIGHUP => Some(Request::Refresh),
             _ => Some(Request::Leave),
         }
     }

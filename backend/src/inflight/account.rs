@@ -251,6 +251,29 @@ mod tests {
     }
 
     #[test]
+    fn a_ring_of_another_size_is_another_ring() {
+        let shared = Region::allocate(1, 16).unwrap();
+        let (mut large, _) = Inflight::recover(16, shared.queue(0, 16).unwrap(), 0);
+        for head in [3, 12] {
+            large.enter(head).unwrap();
+        }
+        let (small, heads) = Inflight::recover(8, shared.queue(0, 8).unwrap(), 0);
+        assert_eq!((small.count(), heads), (0, vec![]));
+        let (large, heads) = Inflight::recover(16, shared.queue(0, 16).unwrap(), 0);
+        assert_eq!((large.count(), heads), (0, vec![]), "no head comes back");
+    }
+
+    #[test]
+    fn what_is_forgotten_is_not_done_again() {
+        let shared = Region::allocate(2, 16).unwrap();
+        let (mut inflight, _) = Inflight::recover(16, shared.queue(1, 16).unwrap(), 0);
+        inflight.enter(3).unwrap();
+        shared.forget();
+        let (inflight, heads) = Inflight::recover(16, shared.queue(1, 16).unwrap(), 0);
+        assert_eq!((inflight.count(), heads), (0, vec![]));
+    }
+
+    #[test]
     fn nothing_in_a_region_makes_a_successor_spin_or_take_too_many() {
         let mut random = fastrand::Rng::with_seed(7);
         for _ in 0..2000 {

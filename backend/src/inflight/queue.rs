@@ -38,6 +38,8 @@ pub struct QueueRegion {
     memory: Area,
     at: usize,
     size: u16,
+    /// Entries there are, of which the vring may use fewer.
+    capacity: u16,
 }
 
 /// What an earlier daemon left.
@@ -51,8 +53,18 @@ pub struct Recovered {
 
 impl QueueRegion {
     /// The part at byte `at`, used by a vring of `size` entries.
-    pub(super) fn new(memory: Area, at: usize, size: u16) -> QueueRegion {
-        QueueRegion { memory, at, size }
+    pub(super) fn new(memory: Area, at: usize, size: u16, capacity: u16) -> QueueRegion {
+        QueueRegion {
+            memory,
+            at,
+            size,
+            capacity,
+        }
+    }
+
+    /// Says that no vring has used the part yet.
+    pub(super) fn forget(&self) {
+        self.version().store(0, Ordering::Release);
     }
 
     /// Finds what an earlier daemon had in flight, given the used index in guest memory.
@@ -60,7 +72,11 @@ impl QueueRegion {
     /// If that index is ahead of the recorded one, the last batch was published and its entries
     /// were perhaps not cleared: they are the ones that were linked last.
     pub(super) fn recover(&self, used: u16) -> Recovered {
-        if self.version().load(Ordering::Acquire) == CURRENT {
+        // A ring of another size is another ring: its driver began anew, and knows nothing of what
+        // was in flight.
+        let is_known = self.version().load(Ordering::Acquire) == CURRENT
+            && self.header(DESC_NUM).load(Ordering::Acquire) == self.size;
+        if is_known {
             self.clear_last_batch(used);
         } else {
             self.wipe();
@@ -129,7 +145,7 @@ impl QueueRegion {
     }
 
     fn wipe(&self) {
-        for head in 0..self.size {
+        for head in 0..self.capacity {
             self.clear(head);
         }
         self.header(LAST_BATCH_HEAD).store(0, Ordering::Release);

@@ -210,7 +210,16 @@ impl Region {
         }
         let at = u64::from(index) * stride(queue_size);
         let at = usize::try_from(at).unwrap_or(usize::MAX);
-        Ok(QueueRegion::new(self.memory.clone(), at, size))
+        Ok(QueueRegion::new(self.memory.clone(), at, size, queue_size))
+    }
+
+    /// Forgets what is recorded of every vring.
+    pub fn forget(&self) {
+        for index in 0..self.description.queues {
+            if let Ok(queue) = self.queue(index, self.description.queue_size) {
+                queue.forget();
+            }
+        }
     }
 
     /// The write cache's mode as it was when the last daemon used the region, if one of ours did:

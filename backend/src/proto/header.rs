@@ -10,7 +10,7 @@ use crate::limits::MAX_MESSAGE_BYTES;
 pub const HEADER_BYTES: usize = 12;
 
 /// The version every message carries in the lowest two bits of its flags.
-const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 1;
 
 /// The header of a message from the front end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -18,5 +18,5 @@ mod socket;
 pub use code::{Answer, Code};
 pub use header::{HEADER_BYTES, Header, StreamFault};
 pub use message::{ConfigRange, InflightLayout, Malformed, Message, RegionMessage};
-pub use reply::Reply;
+pub use reply::{Reply, config_changed};
 pub use socket::{Connection, ConnectionError, RawMessage};

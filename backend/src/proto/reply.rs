@@ -1,7 +1,7 @@
 //! Replies, as bytes.
 
 use super::code::Code;
-use super::header::Header;
+use super::header::{Header, VERSION};
 use super::message::{ConfigRange, InflightLayout};
 use crate::inflight::Description;
 
@@ -59,6 +59,14 @@ impl Reply {
         bytes.extend_from_slice(&payload);
         bytes
     }
+}
+
+/// The back end's message that says that the configuration space changed (CONFIG_CHANGE_MSG, 2 of
+/// *Back-end message types*): a header only.
+#[must_use]
+pub fn config_changed() -> Vec<u8> {
+    const CONFIG_CHANGE_MSG: u32 = 2;
+    numbers(&[CONFIG_CHANGE_MSG, VERSION, 0])
 }
 
 fn inflight(description: &Description, layout: InflightLayout) -> Vec<u8> {

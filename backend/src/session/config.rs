@@ -1,6 +1,7 @@
 //! Handlers of the messages about the configuration space.
 
-use super::{Refusal, Session, Step};
+use super::{Crew, Refusal, Session, Step};
+use crate::blk::WriteCache;
 use crate::proto::{ConfigRange, Reply};
 
 impl Session {
@@ -17,9 +18,21 @@ impl Session {
     }
 
     /// SET_CONFIG.
-    pub(super) fn set_config(&self, range: ConfigRange, bytes: &[u8]) -> Result<Step, Refusal> {
+    ///
+    /// When the write cache goes off, what was answered while it was on is made stable first: a
+    /// driver may rely on every answer from then on.
+    pub(super) fn set_config(
+        &self,
+        range: ConfigRange,
+        bytes: &[u8],
+        crew: &dyn Crew,
+    ) -> Result<Step, Refusal> {
+        let before = self.device.write_cache();
         self.device.write_config(range.offset, bytes)?;
         self.keep_write_cache();
-        Ok(Step::DONE)
+        match (before, self.device.write_cache()) {
+            (WriteCache::Writeback, WriteCache::Writethrough) => Ok(self.sync(crew)),
+            (WriteCache::Writeback | WriteCache::Writethrough, _) => Ok(Step::DONE),
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! What a session needs of the workers.
 
-use crate::worker::{Command, VringId, Workers};
+use crate::worker::{Command, DeviceId, Errand, VringId, Workers};
 
 /// The workers of the daemon, as a session sees them: commands go in, reports come back to the
 /// session through [`Session::reported`](super::Session::reported).
@@ -15,6 +15,9 @@ pub trait Crew {
 
     /// Sends a command to one worker.
     fn send(&self, worker: usize, command: Command);
+
+    /// Sends a device's helper thread on an errand.
+    fn errand(&self, device: DeviceId, errand: Errand);
 }
 
 impl Crew for Workers {
@@ -28,5 +31,9 @@ impl Crew for Workers {
 
     fn send(&self, worker: usize, command: Command) {
         Workers::send(self, worker, command);
+    }
+
+    fn errand(&self, device: DeviceId, errand: Errand) {
+        Workers::errand(self, device, errand);
     }
 }

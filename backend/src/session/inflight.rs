@@ -41,8 +41,10 @@ impl Session {
     ) -> Result<Step, Refusal> {
         let mut vrings = (0..).zip(&self.vrings);
         if let Some((index, _)) = vrings.find(|(_, vring)| vring.life != Life::Stopped) {
-            return Err(Refusal::Started(index));
+            return Err(Refusal::InflightInUse(index));
         }
+        // Were this one refused, an earlier one would be one that the front end does not keep.
+        self.regions.set = None;
         let region = Region::adopt(file, description)?;
         match region.write_cache() {
             Some(cache) => self.device.set_write_cache(cache),
@@ -50,6 +52,14 @@ impl Session {
         }
         self.regions.set = Some(region);
         Ok(Step::DONE)
+    }
+
+    /// The device was reset: nothing is in flight any more, and nothing is to be done again.
+    pub(super) fn forget_inflight(&mut self) {
+        if let Some(region) = self.regions.set.take() {
+            region.set_write_cache(self.device.write_cache());
+            region.forget();
+        }
     }
 
     /// The write cache's mode changed: the next daemon has to know.

@@ -147,9 +147,13 @@ impl Link {
         let Phase::Pending { header, wait, .. } = self.phase else {
             return;
         };
-        if let Some(reply) = self.session.settle(wait) {
+        if let Some(settled) = self.session.settle(wait) {
             self.phase = Phase::Reading;
-            if let Err(error) = self.answer(header, reply) {
+            let answered = match settled {
+                Ok(reply) => self.answer(header, reply),
+                Err(refusal) => self.refuse(header, &refusal),
+            };
+            if let Err(error) = answered {
                 self.over(&error, crew);
             }
         }
@@ -246,7 +250,8 @@ impl Link {
             Ok(Step::Done(reply)) => self.answer(header, reply),
             Ok(Step::Wait(wait)) => {
                 match self.session.settle(wait) {
-                    Some(reply) => return self.answer(header, reply),
+                    Some(Ok(reply)) => return self.answer(header, reply),
+                    Some(Err(refusal)) => return self.refuse(header, &refusal),
                     None => {
                         self.phase = Phase::Pending {
                             header,
@@ -281,6 +286,7 @@ impl Link {
             Answer::Config => self.send(header, &Reply::ConfigError),
             Answer::Status => self.send(header, &Reply::NACK),
             Answer::Ack if self.owes_ack(header) => self.send(header, &Reply::NACK),
+            Answer::Ack if why.ends_connection() => Err(ConnectionError::Unanswerable(header.code)),
             Answer::Ack => Ok(()),
             Answer::Value => Err(ConnectionError::Unanswerable(header.code)),
         }

@@ -1,7 +1,8 @@
 //! Handlers of the messages about the dirty log (vhost-user, *Migration*).
 //!
-//! While there is a log it covers everything that can be marked: whatever would change that is
-//! refused before anything is changed. So no mark is ever dropped for want of a bit.
+//! While there is a log and a vring that could mark something, the log covers everything that can
+//! be marked: whatever would change that is refused before anything is changed. So no mark is ever
+//! dropped for want of a bit.
 
 use std::os::fd::OwnedFd;
 
@@ -94,23 +95,36 @@ impl Session {
     }
 
     /// Whether all of a new memory table can be marked.
-    pub(super) fn check_logged(&self, table: &MemoryTable) -> Result<(), Refusal> {
-        match &self.log.shared {
+    pub(super) fn check_logged(&mut self, table: &MemoryTable) -> Result<(), Refusal> {
+        let checked = match &self.log.shared {
             Some(log) => check_table(log, table),
             None => Ok(()),
+        };
+        self.or_forget_log(checked)
+    }
+
+    /// A log that is too small is an old one while every vring is stopped: QEMU gives it back
+    /// without a word when it stops the device, and sets another one after it has started it again.
+    /// Until then nothing is popped.
+    fn or_forget_log(&mut self, checked: Result<(), Refusal>) -> Result<(), Refusal> {
+        if checked.is_err() && self.all_stopped() {
+            self.log.forget();
+            return Ok(());
         }
+        checked
     }
 
     /// Whether a used ring that is to be logged can be.
     pub(super) fn check_logged_ring(
-        &self,
+        &mut self,
         size: Option<u16>,
         log_used: Option<u64>,
     ) -> Result<(), Refusal> {
-        match &self.log.shared {
+        let checked = match &self.log.shared {
             Some(log) => check_used_ring(log, size, log_used),
             None => Ok(()),
-        }
+        };
+        self.or_forget_log(checked)
     }
 
     /// Tells the workers of the log as it is, if they do not know yet.

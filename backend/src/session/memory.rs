@@ -65,7 +65,7 @@ impl Epochs {
                 }
                 return;
             }
-            Report::Stopped { .. } | Report::Broken(_) => return,
+            Report::Stopped { .. } | Report::Broken(_) | Report::Helper(..) => return,
         };
         if let Some(known) = list.get_mut(worker) {
             *known = epoch.max(*known);
@@ -121,12 +121,17 @@ impl Session {
         if self.all_stopped() {
             return Step::DONE;
         }
+        Step::Wait(Wait::Fenced(self.send_fence(crew)))
+    }
+
+    /// Sends every worker a fence, and says which number it got.
+    pub(super) fn send_fence(&mut self, crew: &dyn Crew) -> u64 {
         self.epochs.latest_fence = self.epochs.latest_fence.saturating_add(1);
         let fence = self.epochs.latest_fence;
         for worker in 0..crew.count() {
             crew.send(worker, Command::Fence(self.device.id(), fence));
         }
-        Step::Wait(Wait::Fenced(fence))
+        fence
     }
 
     /// Gives every worker a table, and says which number it got.

@@ -5,6 +5,7 @@
 //! A [`Link`] ties a session to its socket.
 
 mod chatter;
+mod claim;
 mod config;
 mod crew;
 mod eventfd;
@@ -16,6 +17,7 @@ mod memory;
 mod negotiation;
 mod refusal;
 mod reset;
+mod resize;
 mod vrings;
 
 use std::fmt;
@@ -36,9 +38,11 @@ use crate::inflight::Region;
 use crate::limits::{MAX_REGIONS, MAX_VRINGS};
 use crate::proto::{Code, Message, Reply};
 use crate::worker::{Report, StopMode, TableEpoch};
+use claim::Custody;
 use features::Negotiation;
 use inflight::Regions;
 use log::Log;
+use resize::Resize;
 use vrings::{Life, Vring};
 
 /// What became of a message.
@@ -73,8 +77,12 @@ pub enum Wait {
         /// Where it starts in its file, in bytes.
         offset: u64,
     },
-    /// This vring has stopped.
+    /// This vring has stopped; if it was the last, the storage was given back.
     Stopped(u16),
+    /// The storage is ours, and the vring that needed it has started.
+    Claimed,
+    /// What was answered so far is stable.
+    Synced,
     /// Every vring has stopped, so that the device can be reset.
     Reset,
 }
@@ -89,6 +97,8 @@ pub struct Session {
     vrings: Vec<Vring>,
     log: Log,
     regions: Regions,
+    custody: Custody,
+    resize: Resize,
     /// The socket for messages of ours (SET_BACKEND_REQ_FD), kept for as long as the session.
     back_channel: Option<OwnedFd>,
     ending: Ending,
@@ -110,6 +120,7 @@ impl Session {
     #[must_use]
     pub fn new(device: Arc<BlkDevice>, epochs: Epochs) -> Session {
         device.reset();
+        device.publish_capacity();
         Session {
             device,
             negotiation: Negotiation::new(),
@@ -118,6 +129,8 @@ impl Session {
             vrings: (0..MAX_VRINGS).map(|_| Vring::new()).collect(),
             log: Log::default(),
             regions: Regions::default(),
+            custody: Custody::default(),
+            resize: Resize::default(),
             back_channel: None,
             ending: Ending::NotYet,
         }
@@ -173,7 +186,7 @@ impl Session {
             Message::SetVringEnable { index, enable } => self.set_vring_enable(index, enable, crew),
             Message::SetBackendReqFd(fd) => self.set_backend_req_fd(fd),
             Message::GetConfig(range) => self.get_config(range),
-            Message::SetConfig(range, bytes) => self.set_config(range, &bytes),
+            Message::SetConfig(range, bytes) => self.set_config(range, &bytes, crew),
         }
     }
 
@@ -185,13 +198,34 @@ impl Session {
             && vring.life == Life::Stopping
         {
             vring.stopped(next_avail);
+            self.give_back(crew);
         }
+        if let Report::Helper(_, outcome) = report {
+            self.helped(outcome, crew);
+        }
+        self.go_on_resizing();
         self.go_on_ending(crew);
     }
 
-    /// What a wait came to, once its condition holds.
-    pub fn settle(&mut self, wait: Wait) -> Option<Option<Reply>> {
+    /// What a wait came to, once it is over.
+    pub fn settle(&mut self, wait: Wait) -> Option<Result<Option<Reply>, Refusal>> {
+        let silently = |done: Result<(), Refusal>| done.map(|()| None);
         match wait {
+            Wait::Claimed => self.take_started().map(silently),
+            Wait::Synced => self.take_synced().map(silently),
+            Wait::Adopted(_)
+            | Wait::Released(_)
+            | Wait::Fenced(_)
+            | Wait::Logged { .. }
+            | Wait::Stopped(_)
+            | Wait::Reset => self.condition(wait).map(Ok),
+        }
+    }
+
+    /// The reply of a wait that cannot fail, once its condition holds.
+    fn condition(&mut self, wait: Wait) -> Option<Option<Reply>> {
+        match wait {
+            Wait::Claimed | Wait::Synced => None,
             Wait::Adopted(epoch) => self.epochs.all_adopted(epoch).then_some(None),
             Wait::Released(epoch) => self.epochs.holders(epoch).is_empty().then_some(None),
             Wait::Fenced(fence) => self.epochs.all_fenced(fence).then_some(None),
@@ -210,9 +244,10 @@ impl Session {
                     index: u32::from(index),
                     base,
                 };
-                (vring.life == Life::Stopped).then_some(Some(reply))
+                let stopped = vring.life == Life::Stopped && self.is_settled();
+                stopped.then_some(Some(reply))
             }
-            Wait::Reset => self.all_stopped().then(|| {
+            Wait::Reset => (self.all_stopped() && self.has_given_back()).then(|| {
                 self.finish_reset();
                 None
             }),
@@ -226,6 +261,7 @@ impl Session {
             (Ending::NotYet, _) => {
                 self.ending = Ending::Stopping;
                 self.back_channel = None;
+                self.give_up_claim(crew);
                 self.stop_all(mode, crew);
             }
             (Ending::Stopping, StopMode::Suspend | StopMode::Abandon) => self.stop_all(mode, crew),
@@ -235,7 +271,7 @@ impl Session {
     }
 
     fn go_on_ending(&mut self, crew: &dyn Crew) {
-        if self.ending == Ending::Stopping && self.all_stopped() {
+        if self.ending == Ending::Stopping && self.all_stopped() && self.has_given_back() {
             self.log.forget();
             self.catch_up_log(crew);
             self.ending = Ending::Emptying(self.send_table(MemoryTable::empty(), crew));
@@ -308,6 +344,11 @@ impl fmt::Display for Missing<'_> {
             }
             Some(Wait::Fenced(_) | Wait::Logged { .. }) => {
                 f.write_str("workers that have not obeyed yet")
+            }
+            Some(Wait::Claimed) => write!(f, "the lock on {}", session.device.name()),
+            Some(Wait::Synced) => write!(f, "{} to be stable", session.device.name()),
+            _ if session.all_stopped() && !session.has_given_back() => {
+                write!(f, "{} to be given back", session.device.name())
             }
             Some(Wait::Adopted(_)) => f.write_str("workers that have not taken the new memory"),
             Some(Wait::Stopped(_) | Wait::Reset) | None => {

@@ -85,6 +85,21 @@ pub enum Refusal {
     /// The in-flight region cannot be had or used.
     #[error("in-flight tracking")]
     Inflight(#[from] RegionError),
+    /// The region cannot change under a vring that is recorded in it.
+    #[error("in-flight tracking cannot change while vring {0} is started")]
+    InflightInUse(u16),
+    /// Somebody else has the storage.
+    #[error(
+        "{0} is locked by another process, or by requests of one that was killed (stop the other \
+         one, or give it more time with --lock-timeout)"
+    )]
+    Locked(String),
+    /// The storage cannot be locked, or nobody waits for that any more.
+    #[error("{0} cannot be locked")]
+    NotLocked(String),
+    /// What was written may not be stable.
+    #[error("{0} cannot be synced")]
+    NotSynced(String),
     /// The range of the configuration space cannot be read.
     #[error("{size} bytes of the configuration space at {offset:#x} cannot be read")]
     ConfigRange {
@@ -96,4 +111,18 @@ pub enum Refusal {
     /// The configuration space cannot be written so.
     #[error("the configuration space")]
     Config(#[from] ConfigError),
+}
+
+impl Refusal {
+    /// Whether a front end that asked for no answer would wait for ever for what it wanted, or rely
+    /// on what it does not have, so that the end of the connection has to tell it.
+    pub(super) fn ends_connection(&self) -> bool {
+        matches!(
+            self,
+            Refusal::Locked(_)
+                | Refusal::NotLocked(_)
+                | Refusal::Inflight(_)
+                | Refusal::InflightInUse(_)
+        )
+    }
 }

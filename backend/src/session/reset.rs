@@ -30,6 +30,6 @@ impl Session {
         self.negotiation.features = 0;
         self.log.forget();
         self.device.reset();
-        self.keep_write_cache();
+        self.forget_inflight();
     }
 }

@@ -10,7 +10,7 @@ use super::*;
 use crate::blk::BlkOptions;
 use crate::proto::{ConfigRange, Malformed, RegionMessage};
 use crate::vring::Addresses;
-use crate::worker::{Command, DeviceId, Enablement, VringId};
+use crate::worker::{ClaimEnd, Command, DeviceId, Enablement, Errand, Outcome, VringId};
 
 const DEVICE: DeviceId = DeviceId(0);
 const SIZE: u64 = 1 << 20;
@@ -19,7 +19,10 @@ const VERSION_1: u64 = 1 << 32;
 
 /// Two workers that only note what they are told.
 #[derive(Default)]
-struct Notes(RefCell<Vec<(usize, Command)>>);
+struct Notes {
+    told: RefCell<Vec<(usize, Command)>>,
+    errands: RefCell<Vec<Errand>>,
+}
 
 impl Crew for Notes {
     fn count(&self) -> usize {
@@ -31,13 +34,17 @@ impl Crew for Notes {
     }
 
     fn send(&self, worker: usize, command: Command) {
-        self.0.borrow_mut().push((worker, command));
+        self.told.borrow_mut().push((worker, command));
+    }
+
+    fn errand(&self, _device: DeviceId, errand: Errand) {
+        self.errands.borrow_mut().push(errand);
     }
 }
 
 impl Notes {
     fn take(&self) -> Vec<(usize, Command)> {
-        self.0.take()
+        self.told.take()
     }
 
     /// What they were told, the fences left out.
@@ -116,7 +123,29 @@ fn code(message: &Message) -> Code {
 
 impl Session {
     fn send(&mut self, message: Message, crew: &Notes) -> Result<Step, Refusal> {
-        self.handle(code(&message), message, crew)
+        let step = self.handle(code(&message), message, crew)?;
+        self.run_errands(crew);
+        match step {
+            Step::Wait(wait @ (Wait::Claimed | Wait::Synced)) => {
+                self.settle(wait).expect("the helper is quick")?;
+                Ok(Step::DONE)
+            }
+            step @ (Step::Done(_) | Step::Wait(_)) => Ok(step),
+        }
+    }
+
+    /// The helper thread does at once what it is told.
+    fn run_errands(&mut self, crew: &Notes) {
+        for errand in crew.errands.take() {
+            let outcome = match errand {
+                Errand::Claim(_) => Outcome::Claimed(ClaimEnd::Held),
+                Errand::GiveUpClaim => continue,
+                Errand::Release => Outcome::Released,
+                Errand::Sync => Outcome::Synced(true),
+                Errand::Refresh => Outcome::Refreshed,
+            };
+            self.reported(usize::MAX, Report::Helper(DEVICE, outcome), crew);
+        }
     }
 
     fn settled(&mut self, wait: Wait) -> bool {
@@ -304,7 +333,7 @@ fn get_vring_base_is_answered_when_the_worker_has_stopped() {
         &crew.take()[..],
         [(1, Command::Stop(_, StopMode::Drain))]
     ));
-    assert_eq!(session.settle(Wait::Stopped(1)), None);
+    assert!(!session.settled(Wait::Stopped(1)));
     session.reported(
         1,
         Report::Stopped {
@@ -314,7 +343,9 @@ fn get_vring_base_is_answered_when_the_worker_has_stopped() {
         &crew,
     );
     let reply = Some(Reply::VringBase { index: 1, base: 77 });
-    assert_eq!(session.settle(Wait::Stopped(1)), Some(reply.clone()));
+    session.run_errands(&crew);
+    let settled = session.settle(Wait::Stopped(1));
+    assert_eq!(settled.and_then(Result::ok), Some(reply.clone()));
     let again = session
         .send(Message::GetVringBase { index: 1 }, &crew)
         .unwrap();
@@ -605,6 +636,8 @@ fn a_device_is_as_at_first_after_a_reset_but_keeps_its_memory() {
         },
         &crew,
     );
+    assert!(!session.settled(Wait::Reset), "its storage is still ours");
+    session.run_errands(&crew);
     assert!(session.settled(Wait::Reset));
     assert_eq!(session.table.regions().len(), 1);
     assert!(matches!(
@@ -655,6 +688,7 @@ fn the_end_of_a_session_takes_everything_back_once() {
     };
     session.reported(1, stopped, &crew);
     session.reported(1, stopped, &crew);
+    session.run_errands(&crew);
     let told = crew.take();
     assert!(matches!(
         &told[..],
@@ -664,6 +698,49 @@ fn the_end_of_a_session_takes_everything_back_once() {
     release(&mut session, &crew, 2);
     assert!(session.is_over());
     assert_eq!(session.into_epochs().holders(TableEpoch(3)), [0, 1]);
+}
+
+#[test]
+fn a_log_that_was_given_back_does_not_keep_a_device_from_starting_again() {
+    let (mut session, crew) = ready();
+    let log = memfd_create("log", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&log, 32).unwrap();
+    let set = Message::SetLogBase {
+        size: 32,
+        offset: 0,
+        file: log,
+    };
+    session.send(set, &crew).unwrap();
+    let logging = PROTOCOL | VERSION_1 | 1 << 26;
+    session.send(Message::SetFeatures(logging), &crew).unwrap();
+    session.send(kick(1), &crew).unwrap();
+    let larger = || Message::SetMemTable(vec![(region(0), ram()), (region(4), ram())]);
+    let refused = session.send(larger(), &crew);
+    assert!(matches!(refused, Err(Refusal::LogTooSmall { .. })));
+    // QEMU stops the device when its guest reboots, and gives the log back.
+    session
+        .send(Message::GetVringBase { index: 1 }, &crew)
+        .unwrap();
+    let stopped = Report::Stopped {
+        id: id(1),
+        next_avail: 5,
+    };
+    session.reported(1, stopped, &crew);
+    session.run_errands(&crew);
+    assert!(session.settled(Wait::Stopped(1)));
+    session.send(Message::SetFeatures(logging), &crew).unwrap();
+    crew.take();
+    session.send(larger(), &crew).unwrap();
+    // The workers forget it before the vring starts, which is not popped before there is another.
+    session.send(kick(1), &crew).unwrap();
+    let told = crew.take_but_fences();
+    let forgotten = told
+        .iter()
+        .position(|(_, command)| matches!(command, Command::SetLog(_, None)));
+    let started = told
+        .iter()
+        .position(|(_, command)| matches!(command, Command::Start(..)));
+    assert!(forgotten.is_some() && forgotten < started, "{told:?}");
 }
 
 #[test]

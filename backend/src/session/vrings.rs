@@ -6,6 +6,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::eventfd::eventfd;
 use super::{Crew, Refusal, Session, Step, Wait};
+use crate::inflight::QueueRegion;
 use crate::limits::MAX_VRINGS;
 use crate::proto::Reply;
 use crate::vring::{Addresses, check_size, resolve};
@@ -20,6 +21,15 @@ pub(super) enum Life {
     Started,
     /// A worker has it and was told to stop it.
     Stopping,
+}
+
+/// What of a vring's setup had to be checked.
+#[derive(Debug)]
+pub(super) struct Ready {
+    size: u16,
+    addresses: Addresses,
+    next_avail: u16,
+    inflight: Option<QueueRegion>,
 }
 
 /// A vring as the front end described it so far.
@@ -151,7 +161,7 @@ impl Session {
         match vring.life {
             Life::Started => crew.send(crew.owner(id), Command::SetKick(id, kick)),
             Life::Stopping => return Err(Refusal::Stopping(id.index)),
-            Life::Stopped => self.start(id, kick, crew)?,
+            Life::Stopped => return self.begin(id, kick, crew),
         }
         Ok(Step::DONE)
     }
@@ -246,15 +256,9 @@ impl Session {
         }
     }
 
-    fn start(
-        &mut self,
-        id: VringId,
-        kick: Option<EventFd>,
-        crew: &dyn Crew,
-    ) -> Result<(), Refusal> {
-        let index = id.index;
+    /// Everything that a vring needs to start was said, and can be had.
+    pub(super) fn readiness(&mut self, index: u16) -> Result<Ready, Refusal> {
         let missing = |missing| Refusal::NotReady { index, missing };
-        let features = self.negotiation.features;
         let table = self.table.clone();
         let (_, vring) = self.vring(u32::from(index))?;
         let size = vring.size.ok_or(missing("SET_VRING_NUM"))?;
@@ -265,16 +269,37 @@ impl Session {
         self.check_logged_ring(Some(size), log_used)?;
         let region = self.regions.set.as_ref();
         let inflight = region.map(|region| region.queue(index, size)).transpose()?;
+        Ok(Ready {
+            size,
+            addresses,
+            next_avail,
+            inflight,
+        })
+    }
 
+    /// Starts a vring: the storage is ours.
+    pub(super) fn start(
+        &mut self,
+        id: VringId,
+        kick: Option<EventFd>,
+        crew: &dyn Crew,
+    ) -> Result<(), Refusal> {
+        let Ready {
+            size,
+            addresses,
+            next_avail,
+            inflight,
+        } = self.readiness(id.index)?;
+        let features = self.negotiation.features;
         self.catch_up_log(crew);
-        let (_, vring) = self.vring(u32::from(index))?;
+        let (_, vring) = self.vring(u32::from(id.index))?;
         vring.life = Life::Started;
         let setup = VringSetup {
             size,
             addresses,
             next_avail,
             inflight,
-            log_used,
+            log_used: vring.log_used,
             features,
             enablement: vring.enablement,
             kick,
@@ -282,6 +307,7 @@ impl Session {
             err: vring.err.take(),
         };
         crew.send(crew.owner(id), Command::Start(id, Box::new(setup)));
+        self.tell_resized();
         Ok(())
     }
 

@@ -254,6 +254,25 @@ impl Started {
         self.again.pop()
     }
 
+    /// Whether chains of an earlier daemon wait to be taken again.
+    #[must_use]
+    pub fn has_again(&self) -> bool {
+        !self.again.is_empty()
+    }
+
+    /// Whether anything that was taken is not yet answered where the driver can see it. Chains of
+    /// an earlier daemon that were not taken again do not count: nobody touches their memory.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        usize::from(self.inflight.count()) > self.again.len() || self.layout.unpublished() > 0
+    }
+
+    /// Whether it is started and not to be popped.
+    #[must_use]
+    pub fn is_disabled(&self) -> bool {
+        self.enablement == Enablement::Disabled
+    }
+
     /// Leaves the chains that an earlier daemon had in flight, and that were not taken again, to
     /// the next one.
     pub fn leave_again(&mut self) {

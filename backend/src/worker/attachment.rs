@@ -62,6 +62,8 @@ pub(super) struct Attachment {
     retired: VecDeque<Rc<View>>,
     /// Whether the control thread waits for them.
     release_owed: bool,
+    /// Fences to be answered once no disabled vring has anything in flight.
+    fences: Vec<u64>,
     /// Contained faults up to which the memory is known to be all there.
     faults: usize,
 }
@@ -86,6 +88,7 @@ impl Attachment {
             epoch: TableEpoch::default(),
             retired: VecDeque::new(),
             release_owed: false,
+            fences: Vec::new(),
             faults: 0,
         }
     }
@@ -182,7 +185,7 @@ impl Attachment {
             lent.reports.push(Report::Broken(id));
             return false;
         }
-        vring.is_polled() || waiting.is_ok_and(|waiting| waiting > 0)
+        vring.is_polled() || vring.has_again() || waiting.is_ok_and(|waiting| waiting > 0)
     }
 
     /// An op came back from the device.
@@ -230,6 +233,23 @@ impl Attachment {
         if self.release_owed {
             self.finish_retired(lent);
         }
+        self.finish_fences(lent);
+    }
+
+    /// A front end that disabled a vring may take the acknowledgement for its end: one that pauses
+    /// its guest for a migration stops no vring, and copies the last pages.
+    fn finish_fences(&mut self, lent: &mut Lent<'_>) {
+        let busy = |vring: &Vring| match vring {
+            Vring::Started(vring) => vring.is_disabled() && vring.is_busy(),
+            Vring::Stopped(_) | Vring::Draining(_) => false,
+        };
+        if self.fences.is_empty() || self.vrings.iter().any(busy) {
+            return;
+        }
+        let device = self.path.device.id();
+        let answered = self.fences.drain(..);
+        lent.reports
+            .extend(answered.map(|number| Report::Fenced(device, number)));
     }
 
     fn finish_draining(&mut self, lent: &mut Lent<'_>) {

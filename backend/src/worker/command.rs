@@ -5,6 +5,7 @@
 //! answer's condition holds. Commands to one worker are applied in the order they were sent.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use iov_iter::{DirtyLog, MemoryTable, SharedLog};
 use vmm_sys_util::eventfd::EventFd;
@@ -84,7 +85,8 @@ pub struct VringSetup {
 pub struct LogSetup {
     /// The log.
     pub log: SharedLog,
-    /// Signalled when something was marked (SET_LOG_FD), if the front end wants that.
+    /// Signalled after requests whose changes were marked were answered (SET_LOG_FD), if the front
+    /// end wants that.
     pub event: Option<EventFd>,
 }
 
@@ -93,6 +95,48 @@ impl DirtyLog for Box<LogSetup> {
     fn mark(&self, guest: u64, len: u64) {
         self.log.mark(guest, len);
     }
+}
+
+/// What a device's helper thread is asked to do: what may take as long as storage takes. It does
+/// one thing at a time, in the order it was asked, and reports each with [`Report::Helper`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Errand {
+    /// Take the storage, within so much time.
+    Claim(Duration),
+    /// Stop trying to take it. Not answered; the claim is.
+    GiveUpClaim,
+    /// Make what completed stable where others would miss it, and give the storage back.
+    Release,
+    /// Make what completed stable.
+    Sync,
+    /// Ask for the size again.
+    Refresh,
+}
+
+/// What became of an errand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Of a claim.
+    Claimed(ClaimEnd),
+    /// The storage was given back.
+    Released,
+    /// Whether what completed is stable.
+    Synced(bool),
+    /// The size was asked for.
+    Refreshed,
+}
+
+/// How a claim ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClaimEnd {
+    /// The storage is ours.
+    Held,
+    /// Somebody else had it for all the time there was.
+    TimedOut,
+    /// The kernel would not have it locked.
+    Failed,
+    /// Nobody wants it any more.
+    GivenUp,
 }
 
 /// What the control thread asks.
@@ -113,7 +157,8 @@ pub enum Command {
     /// Stop a vring: nothing more is popped. Answered by [`Report::Stopped`] when nothing of it is
     /// in flight and its kick is no longer watched. A vring that is not started answers at once.
     Stop(VringId, StopMode),
-    /// Enable or disable a vring. Not answered; applied in order.
+    /// Enable or disable a vring. Not answered; applied in order. After a [`Fence`](Self::Fence)
+    /// nothing of a disabled vring is in flight.
     Enable(VringId, Enablement),
     /// Replace the kick of a started vring. No kick is lost: the vring is scanned once.
     SetKick(VringId, Option<EventFd>),
@@ -130,6 +175,8 @@ pub enum Command {
     /// Log writes to the used ring of a started vring at this guest address, or not at all
     /// (SET_VRING_ADDR). Not answered; applied in order.
     SetUsedLog(VringId, Option<u64>),
+    /// The device's size changed: requests are admitted by the new one from now on. Not answered.
+    Resize(DeviceId),
     /// Answered by [`Report::Fenced`] with the same number: everything sent before it is in force.
     Fence(DeviceId, u64),
     /// Leave, once every request came back. The answer is the end of the thread.
@@ -144,6 +191,7 @@ impl Command {
             Command::SetTable { device, .. }
             | Command::SetFeatures(device, _)
             | Command::SetLog(device, _)
+            | Command::Resize(device)
             | Command::Fence(device, _) => *device,
             Command::Start(id, _)
             | Command::Stop(id, _)
@@ -175,4 +223,6 @@ pub enum Report {
     },
     /// The vring broke the virtio specification and is no longer popped; err was signalled.
     Broken(VringId),
+    /// A device's helper thread has done an errand.
+    Helper(DeviceId, Outcome),
 }

@@ -5,6 +5,7 @@
 
 mod attachment;
 mod command;
+mod helper;
 pub mod hosted;
 mod log_gate;
 mod path;
@@ -14,6 +15,7 @@ mod slots;
 mod token;
 
 pub use command::{
-    Command, DeviceId, Enablement, LogSetup, Report, StopMode, TableEpoch, VringId, VringSetup,
+    ClaimEnd, Command, DeviceId, Enablement, Errand, LogSetup, Outcome, Report, StopMode,
+    TableEpoch, VringId, VringSetup,
 };
 pub use pool::{WorkerError, Workers, WorkersConfig};

@@ -93,6 +93,11 @@ impl<L: DirtyLog> Path<L> {
         }
     }
 
+    /// The device has another size now.
+    pub(super) fn resize(&mut self) {
+        self.profile = self.device.profile();
+    }
+
     /// Where changes of guest memory are to be marked. Asked for when they are all made, not
     /// before: the front end switches it while requests are on their way.
     #[inline]

@@ -12,8 +12,9 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::attachment::Share;
+use super::helper::Helper;
 use super::run::{Wire, Worker};
-use super::{Command, Report, VringId};
+use super::{Command, DeviceId, Errand, Report, VringId};
 use crate::blk::BlkDevice;
 use crate::limits::MAX_WORKERS;
 
@@ -69,6 +70,7 @@ pub enum WorkerError {
 #[derive(Debug)]
 pub struct Workers {
     handles: Vec<Handle>,
+    helpers: Vec<Helper>,
     reports: Receiver<(usize, Report)>,
     told: Arc<EventFd>,
 }
@@ -96,6 +98,7 @@ impl Workers {
         let told = Arc::new(event()?);
         let mut workers = Workers {
             handles: Vec::new(),
+            helpers: Vec::new(),
             reports,
             told: told.clone(),
         };
@@ -119,6 +122,10 @@ impl Workers {
                 wake,
                 thread,
             });
+        }
+        for device in devices {
+            let helper = Helper::start(device.clone(), tell.clone(), told.clone())?;
+            workers.helpers.push(helper);
         }
         Ok(workers)
     }
@@ -152,6 +159,13 @@ impl Workers {
     /// Sends a command to the worker that owns a vring.
     pub fn send_to_owner(&self, id: VringId, command: Command) {
         self.send(self.owner(id), command);
+    }
+
+    /// Sends a device's helper thread on an errand.
+    pub fn errand(&self, device: DeviceId, errand: Errand) {
+        if let Some(helper) = self.helpers.get(device.0 as usize) {
+            helper.send(errand);
+        }
     }
 
     /// Sends every worker the command that `command` makes for it.

@@ -21,7 +21,9 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use vublk::blk::{BlkDevice, BlkOptions};
 use vublk::proto::Connection;
 use vublk::session::{Crew, Link, Remains, Wants};
-use vublk::worker::{Command, DeviceId, Report, StopMode, TableEpoch, VringId};
+use vublk::worker::{
+    ClaimEnd, Command, DeviceId, Errand, Outcome, Report, StopMode, TableEpoch, VringId,
+};
 
 const WORKERS: usize = 2;
 const RAW: u8 = 64;
@@ -243,7 +245,21 @@ impl Crew for Notes {
             | Command::SetErr(id, _)
             | Command::SetUsedLog(id, _) => self.started(id),
             Command::Fence(device, fence) => self.tell(worker, Report::Fenced(device, fence)),
-            Command::SetFeatures(..) | Command::SetLog(..) | Command::Quit => {}
+            Command::SetFeatures(..)
+            | Command::SetLog(..)
+            | Command::Resize(_)
+            | Command::Quit => {}
         }
+    }
+
+    fn errand(&self, device: DeviceId, errand: Errand) {
+        let outcome = match errand {
+            Errand::Claim(_) => Outcome::Claimed(ClaimEnd::Held),
+            Errand::GiveUpClaim => return,
+            Errand::Release => Outcome::Released,
+            Errand::Sync => Outcome::Synced(true),
+            Errand::Refresh => Outcome::Refreshed,
+        };
+        self.tell(0, Report::Helper(device, outcome));
     }
 }

@@ -95,7 +95,7 @@ impl Served {
             engine: options.engine,
         };
         let workers = Workers::spawn(&config, std::slice::from_ref(&device))?;
-        let control = Control::new(vec![(listen, device.clone())], workers, None)?;
+        let control = Control::new(vec![(listen, device.clone())], workers, None, None)?;
         let stop = control.stop_handle();
         let thread = Builder::new()
             .name("control".into())

@@ -60,7 +60,9 @@ impl Attachment {
                     vring.relog(self.path.log.as_ref().map(|setup| &setup.log));
                 }
             }
-            Command::Fence(device, number) => lent.reports.push(Report::Fenced(device, number)),
+            Command::Resize(_) => self.path.resize(),
+            // Answered with the next batch: what was used until now is published by then.
+            Command::Fence(_, number) => self.fences.push(number),
             Command::Quit => {}
         }
     }
