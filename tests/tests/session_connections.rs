@@ -50,7 +50,7 @@ fn why(served: Outcome<Served>) -> Outcome<ListenError> {
         other @ (ControlError::Setup { .. }
         | ControlError::Events(_)
         | ControlError::Interrupted
-        | ControlError::DrainTimedOut(_)) => Err(other.into()),
+        | ControlError::DrainTimedOut { .. }) => Err(other.into()),
     }
 }
 

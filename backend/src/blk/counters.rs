@@ -63,6 +63,10 @@ counters! {
     bounced,
     /// Requests that had to wait for a bounce buffer.
     parked,
+    /// Requests handed to the storage.
+    handed_over,
+    /// Requests that the storage gave back.
+    given_back,
     /// Requests given up because their front end was gone.
     abandoned,
     /// Calls made.

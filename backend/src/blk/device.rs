@@ -247,6 +247,22 @@ impl BlkDevice {
     /// One line of what it has done so far.
     #[must_use]
     pub fn counters_line(&self) -> String {
+        format!("{}: {}", self.name(), self.counts())
+    }
+
+    /// Requests that the storage has now. While workers go on, one may be counted that has just
+    /// come back.
+    #[must_use]
+    pub fn in_flight(&self) -> u64 {
+        let counts = self.counts();
+        counts
+            .handed_over
+            .get()
+            .saturating_sub(counts.given_back.get())
+    }
+
+    /// The counts of all workers.
+    fn counts(&self) -> Counters {
         let sum = Counters::default();
         for counters in self
             .counters
@@ -256,7 +272,7 @@ impl BlkDevice {
         {
             sum.add(counters);
         }
-        format!("{}: {sum}", self.name())
+        sum
     }
 
     fn configured_cache(&self) -> WriteCache {

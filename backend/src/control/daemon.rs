@@ -100,6 +100,14 @@ impl Daemon {
         self.phase
     }
 
+    /// Requests that storage has not given back.
+    pub(super) fn in_flight(&self) -> u64 {
+        self.ports
+            .iter()
+            .map(|port| port.device().in_flight())
+            .sum()
+    }
+
     /// Why it cannot run, if it cannot.
     pub(super) fn take_failure(&mut self) -> Option<event_manager::Error> {
         self.failure.take()

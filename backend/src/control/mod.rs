@@ -47,11 +47,17 @@ pub enum ControlError {
     Interrupted,
     /// Requests did not come back in the time they were given.
     #[error(
-        "requests are still in flight after the {} s that --drain-timeout gives them; those that \
-         are recorded for their front end are done again by the next daemon",
-        .0.as_secs()
+        "{in_flight} {} left in flight after the {} s that --drain-timeout gives; what its front \
+         end has recorded is done again by the next daemon",
+        if *.in_flight == 1 { "request is" } else { "requests are" },
+        .timeout.as_secs()
     )]
-    DrainTimedOut(Duration),
+    DrainTimedOut {
+        /// Requests that the storage has not given back.
+        in_flight: u64,
+        /// The time.
+        timeout: Duration,
+    },
 }
 
 /// The control thread's work, ready to run.
@@ -135,8 +141,10 @@ impl Control {
                 Phase::Done => break,
                 Phase::Interrupted => return Err(ControlError::Interrupted),
                 Phase::TimedOut => {
-                    let timeout = self.drain_timeout.unwrap_or_default();
-                    return Err(ControlError::DrainTimedOut(timeout));
+                    return Err(ControlError::DrainTimedOut {
+                        in_flight: daemon.in_flight(),
+                        timeout: self.drain_timeout.unwrap_or_default(),
+                    });
                 }
             }
         }

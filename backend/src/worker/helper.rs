@@ -72,17 +72,23 @@ impl Thread {
                     Outcome::Released
                 }
                 Errand::Sync => Outcome::Synced(self.done("sync", &self.device.storage().sync())),
-                Errand::Refresh => {
-                    let size = self.device.storage().refresh();
-                    self.done("ask for the size of", &size.map(drop));
-                    Outcome::Refreshed
-                }
+                Errand::Refresh => self.refresh(),
             };
-            let report = Report::Helper(self.device.id(), outcome);
-            // A control thread that is gone has nobody left to tell.
-            let _ = self.reports.send((NOBODY, report));
-            let _ = self.told.write(1);
+            self.tell(outcome);
         }
+    }
+
+    fn tell(&self, outcome: Outcome) {
+        let report = Report::Helper(self.device.id(), outcome);
+        // A control thread that is gone has nobody left to tell.
+        let _ = self.reports.send((NOBODY, report));
+        let _ = self.told.write(1);
+    }
+
+    fn refresh(&self) -> Outcome {
+        let size = self.device.storage().refresh();
+        self.done("ask for the size of", &size.map(drop));
+        Outcome::Refreshed
     }
 
     /// Tries to get the storage until it has it, is told to stop, or has waited long enough.
@@ -119,7 +125,12 @@ impl Thread {
             }
             match self.errands.recv_timeout(pause.min(left)) {
                 Err(RecvTimeoutError::Timeout) => pause = longest.min(pause * 2),
-                Err(RecvTimeoutError::Disconnected) | Ok(_) => return ClaimEnd::GivenUp,
+                // Whoever asks for the size need not have the storage.
+                Ok(Errand::Refresh) => self.tell(self.refresh()),
+                Err(RecvTimeoutError::Disconnected)
+                | Ok(Errand::Claim(_) | Errand::GiveUpClaim | Errand::Release | Errand::Sync) => {
+                    return ClaimEnd::GivenUp;
+                }
             }
         }
         if waited {

@@ -260,6 +260,7 @@ impl<L: DirtyLog> Path<L> {
                     self.counters.bounced.add(1);
                 }
                 let in_flight = self.in_flight(local, request, Job::Single);
+                self.counters.handed_over.add(1);
                 let tag = lent.slots.insert(in_flight, None);
                 self.channel.prep(lent.ring, tag, op);
                 Step::Underway
@@ -302,6 +303,7 @@ impl<L: DirtyLog> Path<L> {
         };
         let first = range_op(op, first, durability, hold);
         let in_flight = self.in_flight(local, request, Job::Ranges { op, next: 1 });
+        self.counters.handed_over.add(1);
         let tag = lent.slots.insert(in_flight, Some(&mut self.ranges));
         self.channel.prep(lent.ring, tag, first);
         Step::Underway
@@ -385,6 +387,7 @@ impl<L: DirtyLog> Path<L> {
             debug_assert!(false, "a completion without a request");
             return Finish::GoesOn;
         };
+        self.counters.given_back.add(1);
         match (mode, op) {
             (StopMode::Abandon | StopMode::Suspend, op) => {
                 self.counters.abandoned.add(1);
