@@ -4,3 +4,4 @@ pub mod bench;
 pub mod driver;
 pub mod frontend;
 pub mod guest;
+pub mod stall;

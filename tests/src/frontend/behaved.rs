@@ -8,7 +8,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vublk::fds::borrow;
 
-use super::peer::{code, region_payload, words};
+use super::peer::{NEED_REPLY, PeerError, VERSION, code, region_payload, words};
 use super::{Descriptor, DirtyLog, DriverRing, GuestRam, InflightFile, Kind, Outcome, Peer};
 
 /// VIRTIO_F_VERSION_1.
@@ -161,6 +161,16 @@ impl FrontEnd {
     /// # Errors
     /// When the daemon refuses any of it.
     pub fn start_vring(&mut self, index: u16, base: u16) -> Outcome {
+        self.describe_vring(index, base)?;
+        self.kick_vring(index, NEED_REPLY)?;
+        self.vring_kicked(index)
+    }
+
+    /// Describes a vring, so that only its kick is missing.
+    ///
+    /// # Errors
+    /// When the daemon refuses any of it.
+    pub fn describe_vring(&self, index: u16, base: u16) -> Outcome {
         let FrontEnd { peer, vrings, .. } = self;
         let vring = vrings.get(usize::from(index)).ok_or("no such vring")?;
         let n = u32::from(index);
@@ -173,9 +183,34 @@ impl FrontEnd {
         peer.confirm(code::SET_VRING_ADDR, &vring.addr_payload(n), &[])?;
         let file = u64::from(n).to_ne_bytes();
         peer.confirm(code::SET_VRING_ERR, &file, &[borrow(&vring.err)])?;
-        peer.confirm(code::SET_VRING_CALL, &file, &[borrow(&vring.call)])?;
-        peer.confirm(code::SET_VRING_KICK, &file, &[borrow(&vring.kick)])?;
-        Ok(peer.confirm(code::SET_VRING_ENABLE, &words(&[n, 1]), &[])?)
+        Ok(peer.confirm(code::SET_VRING_CALL, &file, &[borrow(&vring.call)])?)
+    }
+
+    /// Sends a vring's kick, which starts it, with these flags beside the version. An answer is not
+    /// waited for.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn kick_vring(&self, index: u16, flags: u32) -> Outcome {
+        let vring = self.vrings.get(usize::from(index)).ok_or("no such vring")?;
+        let file = u64::from(index).to_ne_bytes();
+        let kick = [borrow(&vring.kick)];
+        Ok(self
+            .peer
+            .send(code::SET_VRING_KICK, VERSION | flags, &file, &kick)?)
+    }
+
+    /// Waits for the answer to a vring's kick, and enables the vring.
+    ///
+    /// # Errors
+    /// When the daemon refuses either.
+    pub fn vring_kicked(&self, index: u16) -> Outcome {
+        let answer = self.peer.reply_to(code::SET_VRING_KICK)?;
+        if answer.payload != 0_u64.to_ne_bytes() {
+            return Err(PeerError::Refused(code::SET_VRING_KICK).into());
+        }
+        let enable = words(&[u32::from(index), 1]);
+        Ok(self.peer.confirm(code::SET_VRING_ENABLE, &enable, &[])?)
     }
 
     /// Goes on with another daemon, or over another connection, as a front end does that

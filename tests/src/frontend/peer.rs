@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -345,6 +346,16 @@ impl Peer {
             flags,
             payload,
         })
+    }
+
+    /// Whether the daemon has sent nothing that was not read, and has not closed the connection.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn is_quiet(&self) -> Result<bool, PeerError> {
+        let mut polled = [PollFd::new(&self.0, PollFlags::IN)];
+        let ready = poll(&mut polled, Some(&Timespec::default())).map_err(io::Error::from)?;
+        Ok(ready == 0)
     }
 
     /// Waits until the daemon has closed the connection; false if it sends something instead.

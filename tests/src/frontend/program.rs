@@ -2,20 +2,29 @@
 
 use std::env;
 use std::ffi::OsStr;
-use std::fs::File;
+use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::{Outcome, Peer};
 
 /// Names the daemon that was built with the feature `failpoints`.
 const FAILPOINTS_BIN: &str = "VUBLK_FAILPOINTS_BIN";
 
+/// How long a line of the log may take.
+const PATIENCE: Duration = Duration::from_secs(120);
+
 /// A running daemon; killed when it is dropped.
 #[derive(Debug)]
 pub struct Program {
     child: Child,
     socket: PathBuf,
+    log: PathBuf,
 }
 
 impl Program {
@@ -30,7 +39,7 @@ impl Program {
         environment: &[(&str, &str)],
         log: &Path,
     ) -> Outcome<Program> {
-        let log = File::options().create(true).append(true).open(log)?;
+        let output = File::options().create(true).append(true).open(log)?;
         let mut option = std::ffi::OsString::from("--socket-path=");
         option.push(socket);
         let child = Command::new(binary)
@@ -39,10 +48,13 @@ impl Program {
             .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(log)
+            .stderr(output)
             .spawn()?;
-        let socket = socket.to_owned();
-        Ok(Program { child, socket })
+        Ok(Program {
+            child,
+            socket: socket.to_owned(),
+            log: log.to_owned(),
+        })
     }
 
     /// Connects as soon as it listens.
@@ -57,7 +69,7 @@ impl Program {
             if let Some(status) = self.ended()? {
                 return Err(format!("the daemon ended: {status}").into());
             }
-            std::thread::yield_now();
+            thread::yield_now();
         }
     }
 
@@ -84,6 +96,75 @@ impl Program {
     pub fn kill(&mut self) -> Outcome<ExitStatus> {
         self.child.kill()?;
         Ok(self.child.wait()?)
+    }
+
+    /// Sends it a signal. SIGKILL may leave threads behind that hang in the kernel.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn signal(&self, signal: Signal) -> Outcome {
+        Ok(kill_process(Pid::from_child(&self.child), signal)?)
+    }
+
+    /// What it has logged so far.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn logged(&self) -> Outcome<String> {
+        Ok(fs::read_to_string(&self.log)?)
+    }
+
+    /// Waits until its log has a line with both of these; the line.
+    ///
+    /// # Errors
+    /// When it ends, or goes on for a long time, without.
+    pub fn says(&mut self, one: &str, other: &str) -> Outcome<String> {
+        let begun = Instant::now();
+        loop {
+            let ended = self.ended()?;
+            let log = self.logged()?;
+            let mut lines = log.lines();
+            if let Some(line) = lines.find(|line| line.contains(one) && line.contains(other)) {
+                return Ok(line.to_owned());
+            }
+            if ended.is_some() || begun.elapsed() > PATIENCE {
+                return Err(format!("no line with '{one}' and '{other}' in: {log}").into());
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Waits until it says that it waits for the lock on its image, which `peer` has asked it to
+    /// start on.
+    ///
+    /// # Errors
+    /// When it answers `peer` instead, or does neither for a long time.
+    pub fn waits_for_lock(&mut self, peer: &Peer) -> Outcome {
+        let begun = Instant::now();
+        while !self.logged()?.contains("waiting for its lock") {
+            if !peer.is_quiet()? {
+                return Err("it did not wait for the lock".into());
+            }
+            if begun.elapsed() > PATIENCE {
+                return Err("it does not say that it waits for the lock".into());
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// The states of its threads, by the letters of proc(5); none when it is gone.
+    #[must_use]
+    pub fn thread_states(&self) -> Vec<char> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.id()));
+        let state = |task: io::Result<fs::DirEntry>| {
+            // Threads come and go meanwhile.
+            let stat = fs::read_to_string(task.ok()?.path().join("stat")).ok()?;
+            stat.rsplit_once(") ")?.1.chars().next()
+        };
+        tasks
+            .map(|tasks| tasks.filter_map(state).collect())
+            .unwrap_or_default()
     }
 
     /// Its process id.
