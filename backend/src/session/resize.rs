@@ -49,8 +49,8 @@ impl Session {
     }
 
     /// Tells the front end that the configuration space changed (CONFIG_CHANGE_MSG), unless all
-    /// vrings are stopped: then it must not be sent anything (*Suspended device state*), and is told
-    /// when the first one starts.
+    /// vrings are stopped: then it must not be sent anything (*Suspended device state*), and is
+    /// told when the first one starts.
     pub(super) fn tell_resized(&mut self) {
         if !self.resize.owed || self.all_stopped() {
             return;
