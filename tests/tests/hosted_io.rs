@@ -15,8 +15,8 @@ use vublk_tests::driver::verify::{
 };
 use vublk_tests::driver::{Spec, connect};
 use vublk_tests::frontend::{
-    FrontEnd, GuestRam, Kind, Layout, Options, Outcome, Peer, ServeOptions, Stock, code,
-    region_payload, words,
+    Descriptor, FrontEnd, GuestRam, Kind, Layout, Options, Outcome, Peer, ServeOptions, Stock,
+    code, region_payload, words,
 };
 use vublk_tests::guest::Scratch;
 
@@ -260,6 +260,20 @@ fn a_change_of_memory_waits_for_what_is_in_flight() -> Outcome {
     let region = [vec![0; 8], region_payload(more.numbers())].concat();
     let peer = &front_end.peer;
     peer.confirm(code::ADD_MEM_REG, &region, &[more.fd()])?;
+    front_end.write(0, 16, &[0x77; 512])?;
+    let ram = front_end.ram.clone();
+    let vring = front_end.vring(0)?;
+    let [header, status, _] = vring.places(0);
+    let chain = [
+        Descriptor::source(header, 16),
+        Descriptor::dest((1 << 32) + 512, 512),
+        Descriptor::dest(status, 1),
+    ];
+    ram.write(header, &Kind::In.header(16))?;
+    vring.ring.offer_chain(0, &chain)?;
+    vring.kick.write(1)?;
+    assert_eq!(front_end.wait(0, 0)?, 0);
+    assert_eq!(more.read((1 << 32) + 512, 512)?, [0x77; 512]);
     handle.stick();
     let head = front_end.submit(1, 0, (Kind::Out, 0), &[5; 512])?;
     wait_stuck(&handle, 1);
