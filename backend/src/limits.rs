@@ -36,6 +36,9 @@ pub const MAX_MESSAGE_BYTES: usize = 4096;
 /// Ranges one DISCARD or WRITE_ZEROES request may carry.
 pub const MAX_RANGES: u32 = 32;
 
+/// Bytes of a device's state that are read from a front end.
+pub const MAX_STATE_BYTES: u64 = 4096;
+
 /// Workers of one daemon.
 pub const MAX_WORKERS: usize = 256;
 

@@ -51,8 +51,8 @@ fn the_numbers_are_those_of_the_limits() -> Outcome {
     let peer = served.connect()?;
     let offered = peer.ask_number(code::GET_PROTOCOL_FEATURES)?;
     // MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE,
-    // CONFIGURE_MEM_SLOTS.
-    let bits = [0, 1, 3, 5, 9, 12, 13, 15];
+    // CONFIGURE_MEM_SLOTS, DEVICE_STATE.
+    let bits = [0, 1, 3, 5, 9, 12, 13, 15, 19];
     assert_eq!(offered, bits.iter().map(|bit| 1 << bit).sum::<u64>());
     peer.tell(code::SET_PROTOCOL_FEATURES, &offered.to_ne_bytes(), &[])?;
     assert_eq!(peer.ask_number(code::GET_QUEUE_NUM)?, 256);

@@ -220,3 +220,57 @@ fn a_disabled_vring_is_quiet_when_that_is_acknowledged() -> Outcome {
     }
     served.stop()
 }
+
+/// A vring stops without waiting for what is in flight, and another daemon would do that again.
+#[test]
+fn a_suspended_vring_leaves_its_requests_recorded() -> Outcome {
+    for old_form in [false, true] {
+        let (served, handle) = sticky()?;
+        let (mut front_end, inflight) = recorded(&served)?;
+        front_end.verify(4)?;
+        let before = front_end.vring(1)?.ring.used_index()?;
+        handle.stick();
+        let data = [0x77; 4096];
+        let heads: Vec<u16> = (0..4)
+            .map(|place| front_end.submit(1, place, (Kind::Out, u64::from(place) * 8), &data))
+            .collect::<Outcome<_>>()?;
+        wait_stuck(&handle, 4);
+        let base = if old_form {
+            front_end.peer.ask(code::GET_VRING_BASE, &words(&[1, 1]))?
+        } else {
+            let skip = code::GET_VRING_BASE_SKIP_DRAIN;
+            front_end.peer.ask(skip, &words(&[1, 0]))?
+        };
+        let next = u32::from(front_end.vring(1)?.ring.next_avail());
+        assert_eq!(base, words(&[1, next]), "all of them were taken");
+        assert_eq!(front_end.vring(1)?.ring.used_index()?, before);
+        assert_eq!(handle.counts().aborted, 4, "and taken back");
+        handle.release();
+        // The other vring goes on; this one does again what it left.
+        front_end.write(0, 1000, &[3; 512])?;
+        front_end.start_vring(1, 0)?;
+        for head in heads {
+            assert_eq!(front_end.wait(1, head)?, 0);
+        }
+        assert_eq!(front_end.read(1, 24, 4096)?, data);
+        drop(inflight);
+        served.stop()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn storage_that_cannot_abort_does_not_offer_to_skip_the_drain() -> Outcome {
+    let served = Served::start()?;
+    let peer = served.connect()?;
+    let offered = peer.ask_number(code::GET_PROTOCOL_FEATURES)?;
+    assert_eq!(offered & (1 << 20 | 1 << 23), 0);
+    drop(peer);
+    // One that asks all the same, in the older form, gets what GET_VRING_BASE always gave.
+    let mut front_end = FrontEnd::start(served.connect()?, options())?;
+    front_end.verify(5)?;
+    let base = front_end.peer.ask(code::GET_VRING_BASE, &words(&[1, 1]))?;
+    let next = u32::from(front_end.vring(1)?.ring.next_avail());
+    assert_eq!(base, words(&[1, next]));
+    served.stop()
+}

@@ -4,9 +4,6 @@ use std::fmt;
 
 use vhost::vhost_user::message::FrontendReq;
 
-/// GET_VRING_BASE_SKIP_DRAIN, which the `vhost` crate does not know yet.
-const SKIP_DRAIN: u32 = 45;
-
 /// The code of a front-end message, known to the specification or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Code(pub u32);
@@ -25,6 +22,9 @@ pub enum Answer {
 }
 
 impl Code {
+    /// GET_VRING_BASE_SKIP_DRAIN, which the `vhost` crate does not know yet.
+    pub const SKIP_DRAIN: Code = Code(45);
+
     /// The code of a message the specification names.
     pub const fn of(request: FrontendReq) -> Code {
         #[expect(
@@ -41,14 +41,14 @@ impl Code {
 
     /// Whether the specification names this code at all.
     pub fn is_known(self) -> bool {
-        self.request().is_some() || self.0 == SKIP_DRAIN
+        self.request().is_some() || self == Code::SKIP_DRAIN
     }
 
     /// What the message is owed (*Communication* and each message's text).
     pub fn answer(self) -> Answer {
         use FrontendReq as Req;
         let Some(request) = self.request() else {
-            return if self.0 == SKIP_DRAIN {
+            return if self == Code::SKIP_DRAIN {
                 Answer::Value
             } else {
                 Answer::Ack
@@ -114,7 +114,7 @@ impl fmt::Display for Code {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.request() {
             Some(request) => write!(f, "{request:?}"),
-            None if self.0 == SKIP_DRAIN => f.write_str("GET_VRING_BASE_SKIP_DRAIN"),
+            None if *self == Code::SKIP_DRAIN => f.write_str("GET_VRING_BASE_SKIP_DRAIN"),
             None => write!(f, "message {}", self.0),
         }
     }

@@ -7,8 +7,8 @@ use vhost::vhost_user::message::FrontendReq;
 
 use super::code::Code;
 use super::payload::{
-    backend_channel, bare, config, inflight, log_base, log_file, memory_table, number, set_config,
-    single, single_region, state, vring_addr, vring_file,
+    backend_channel, bare, config, device_state, inflight, log_base, log_file, memory_table,
+    number, set_config, single, single_region, state, vring_addr, vring_file,
 };
 use crate::inflight::Description;
 use crate::limits::MAX_MESSAGE_FDS;
@@ -47,6 +47,34 @@ pub struct ConfigRange {
     pub size: u32,
     /// What the front end writes for (*VhostUserConfig flags*); mirrored in the reply.
     pub flags: u32,
+}
+
+/// What becomes of requests in flight when a vring stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InFlight {
+    /// They are done first.
+    Done,
+    /// They stay recorded in the in-flight region (*Suspended device state*).
+    Recorded,
+}
+
+impl InFlight {
+    /// What the number in GET_VRING_BASE asks for: it was reserved, and zero, at first.
+    fn of(num: u32) -> InFlight {
+        match num {
+            1 => InFlight::Recorded,
+            _ => InFlight::Done,
+        }
+    }
+}
+
+/// Which way a device's state goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transfer {
+    /// From us to the front end.
+    Save,
+    /// From the front end to us.
+    Load,
 }
 
 /// A message of the front end, its file descriptors taken with it.
@@ -93,6 +121,8 @@ pub enum Message {
     GetVringBase {
         /// The vring.
         index: u32,
+        /// Whether what is in flight is waited for.
+        in_flight: InFlight,
     },
     /// Start a vring, or replace its kick; no descriptor means that it is polled.
     SetVringKick {
@@ -158,6 +188,10 @@ pub enum Message {
     },
     /// Use this in-flight region.
     SetInflightFd(Description, OwnedFd),
+    /// Transfer the device's state through this file.
+    SetDeviceStateFd(Transfer, OwnedFd),
+    /// Did the transfer succeed?
+    CheckDeviceState,
     /// Adds a region to the memory table.
     AddMemReg(RegionMessage, OwnedFd),
     /// Removes a region from the memory table.
@@ -195,6 +229,14 @@ pub enum Malformed {
     /// A memory region is empty or wraps around.
     #[error("region {0} is empty or wraps around the address space")]
     Region(usize),
+    /// The transfer of a device's state in a direction or phase that there is not.
+    #[error("a transfer of the device's state in direction {direction}, phase {phase}")]
+    Transfer {
+        /// Its direction.
+        direction: u32,
+        /// Its phase.
+        phase: u32,
+    },
     /// A part of the vring is not aligned, or a flag is not known.
     #[error("a part of the vring is not aligned, or one of its flags is not known")]
     VringAddr,
@@ -208,6 +250,12 @@ impl Message {
     #[expect(clippy::too_many_lines, reason = "a line for each message there is")]
     pub fn decode(code: Code, payload: &[u8], fds: Vec<OwnedFd>) -> Result<Message, Malformed> {
         use FrontendReq as Req;
+        if code == Code::SKIP_DRAIN {
+            return state(payload, |index, _| Message::GetVringBase {
+                index,
+                in_flight: InFlight::Recorded,
+            });
+        }
         let Some(request) = code.request() else {
             let known = code.is_known();
             return Err(if known {
@@ -229,7 +277,10 @@ impl Message {
             Req::SET_VRING_BASE => {
                 state(payload, |index, base| Message::SetVringBase { index, base })
             }
-            Req::GET_VRING_BASE => state(payload, |index, _| Message::GetVringBase { index }),
+            Req::GET_VRING_BASE => state(payload, |index, num| Message::GetVringBase {
+                index,
+                in_flight: InFlight::of(num),
+            }),
             Req::SET_VRING_KICK => vring_file(payload, fds, |index, fd| Message::SetVringKick {
                 index,
                 fd,
@@ -266,6 +317,8 @@ impl Message {
                 let (description, _) = inflight(payload)?;
                 Ok(Message::SetInflightFd(description, single(fds)?))
             }
+            Req::SET_DEVICE_STATE_FD => device_state(payload, fds),
+            Req::CHECK_DEVICE_STATE => bare(payload, Message::CheckDeviceState),
             Req::SEND_RARP
             | Req::NET_SET_MTU
             | Req::IOTLB_MSG
@@ -280,8 +333,6 @@ impl Message {
             | Req::SET_STATUS
             | Req::GET_STATUS
             | Req::GET_SHARED_OBJECT
-            | Req::SET_DEVICE_STATE_FD
-            | Req::CHECK_DEVICE_STATE
             | Req::GET_SHMEM_CONFIG => Err(Malformed::NotOffered),
         }
     }

@@ -17,6 +17,8 @@ mod socket;
 
 pub use code::{Answer, Code};
 pub use header::{HEADER_BYTES, Header, StreamFault};
-pub use message::{ConfigRange, InflightLayout, Malformed, Message, RegionMessage};
+pub use message::{
+    ConfigRange, InFlight, InflightLayout, Malformed, Message, RegionMessage, Transfer,
+};
 pub use reply::{Reply, config_changed};
 pub use socket::{Connection, ConnectionError, RawMessage};

@@ -9,7 +9,7 @@ use vhost::vhost_user::message::{
 };
 use vm_memory::ByteValued;
 
-use super::message::{ConfigRange, InflightLayout, Malformed, Message, RegionMessage};
+use super::message::{ConfigRange, InflightLayout, Malformed, Message, RegionMessage, Transfer};
 use crate::inflight::Description;
 use crate::limits::MAX_MESSAGE_FDS;
 use crate::vring::Addresses;
@@ -69,12 +69,18 @@ pub(super) fn number(payload: &[u8]) -> Result<u64, Malformed> {
     Ok(exactly::<VhostUserU64>(payload)?.value)
 }
 
+/// Two numbers of 32 bits.
+fn pair(payload: &[u8]) -> Result<(u32, u32), Malformed> {
+    let state: VhostUserVringState = exactly(payload)?;
+    Ok((state.index, state.num))
+}
+
 pub(super) fn state(
     payload: &[u8],
     build: impl Fn(u32, u32) -> Message,
 ) -> Result<Message, Malformed> {
-    let state: VhostUserVringState = exactly(payload)?;
-    Ok(build(state.index, state.num))
+    let (index, num) = pair(payload)?;
+    Ok(build(index, num))
 }
 
 pub(super) fn vring_addr(payload: &[u8]) -> Result<Message, Malformed> {
@@ -160,6 +166,17 @@ pub(super) fn inflight(payload: &[u8]) -> Result<(Description, InflightLayout), 
         queue_size: inflight.queue_size,
     };
     Ok((description, layout))
+}
+
+/// The only phase there is yet is that all vrings are stopped.
+pub(super) fn device_state(payload: &[u8], fds: Vec<OwnedFd>) -> Result<Message, Malformed> {
+    let (direction, phase) = pair(payload)?;
+    let transfer = match (direction, phase) {
+        (0, 0) => Transfer::Save,
+        (1, 0) => Transfer::Load,
+        _ => return Err(Malformed::Transfer { direction, phase }),
+    };
+    Ok(Message::SetDeviceStateFd(transfer, single(fds)?))
 }
 
 pub(super) fn single(fds: Vec<OwnedFd>) -> Result<OwnedFd, Malformed> {

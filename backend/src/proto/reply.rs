@@ -33,12 +33,22 @@ pub enum Reply {
     ConfigError,
 }
 
+/// The bit that says that no file comes with a reply.
+const NO_FILE: u64 = 1 << 8;
+
 impl Reply {
     /// The acknowledgement that NEED_REPLY asks for (*REPLY_ACK*).
     pub const ACK: Reply = Reply::U64(0);
 
     /// The refusal that NEED_REPLY asks for: anything but zero.
     pub const NACK: Reply = Reply::U64(1);
+
+    /// The refusal of a transfer of the device's state: an error, and no file of ours
+    /// (*Migrating back-end state*).
+    pub const NO_TRANSFER: Reply = Reply::U64(1 | NO_FILE);
+
+    /// The transfer takes place through the front end's file.
+    pub const TRANSFER: Reply = Reply::U64(NO_FILE);
 
     /// The whole reply to `code`, header included.
     pub fn encode(&self, code: Code) -> Vec<u8> {

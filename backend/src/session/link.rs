@@ -10,8 +10,9 @@ use log::{Level, debug, log};
 use super::chatter::{Causes, Chatter};
 use super::{Crew, Epochs, Session, Step, Wait};
 use crate::blk::BlkDevice;
-use crate::proto::{Answer, Connection, ConnectionError, Header, Message, RawMessage, Reply};
+use crate::proto::{Answer, Code, Connection, ConnectionError, Header, Message, RawMessage, Reply};
 use crate::worker::{Report, StopMode};
+use vhost::vhost_user::message::FrontendReq;
 
 /// Messages handled before other sockets and signals get their turn.
 const MESSAGES_PER_TURN: usize = 32;
@@ -284,6 +285,9 @@ impl Link {
         );
         match header.code.answer() {
             Answer::Config => self.send(header, &Reply::ConfigError),
+            Answer::Status if header.code == Code::of(FrontendReq::SET_DEVICE_STATE_FD) => {
+                self.send(header, &Reply::NO_TRANSFER)
+            }
             Answer::Status => self.send(header, &Reply::NACK),
             Answer::Ack if self.owes_ack(header) => self.send(header, &Reply::NACK),
             Answer::Ack if why.ends_connection() => Err(ConnectionError::Unanswerable(header.code)),

@@ -18,6 +18,7 @@ mod negotiation;
 mod refusal;
 mod reset;
 mod resize;
+mod state;
 mod vrings;
 
 use std::fmt;
@@ -28,10 +29,11 @@ use iov_iter::MemoryTable;
 
 pub use chatter::Causes;
 pub use crew::Crew;
-pub use features::{Feature, OFFERED};
+pub use features::{Feature, OFFERED, OfferedBy};
 pub use link::{Link, Remains, Wants};
 pub use memory::Epochs;
 pub use refusal::Refusal;
+pub use state::StateError;
 
 use crate::blk::BlkDevice;
 use crate::inflight::Region;
@@ -43,6 +45,7 @@ use features::Negotiation;
 use inflight::Regions;
 use log::Log;
 use resize::Resize;
+use state::Transferred;
 use vrings::{Life, Vring};
 
 /// What became of a message.
@@ -99,6 +102,7 @@ pub struct Session {
     regions: Regions,
     custody: Custody,
     resize: Resize,
+    transferred: Transferred,
     /// The socket for messages of ours (SET_BACKEND_REQ_FD), kept for as long as the session.
     back_channel: Option<OwnedFd>,
     ending: Ending,
@@ -121,9 +125,10 @@ impl Session {
     pub fn new(device: Arc<BlkDevice>, epochs: Epochs) -> Session {
         device.reset();
         device.publish_capacity();
+        let abort = device.storage().capabilities().abort;
         Session {
             device,
-            negotiation: Negotiation::new(),
+            negotiation: Negotiation::new(abort),
             table: Arc::new(MemoryTable::empty()),
             epochs,
             vrings: (0..MAX_VRINGS).map(|_| Vring::new()).collect(),
@@ -131,6 +136,7 @@ impl Session {
             regions: Regions::default(),
             custody: Custody::default(),
             resize: Resize::default(),
+            transferred: Transferred::default(),
             back_channel: None,
             ending: Ending::NotYet,
         }
@@ -151,7 +157,7 @@ impl Session {
         match message {
             Message::GetFeatures => number(self.offered_features()),
             Message::SetFeatures(acked) => self.set_features(acked, crew),
-            Message::GetProtocolFeatures => number(Negotiation::offered()),
+            Message::GetProtocolFeatures => number(self.negotiation.offered()),
             Message::SetProtocolFeatures(acked) => self.set_protocol_features(acked),
             // Whoever holds the socket owns the session; saying so again changes nothing.
             Message::SetOwner => Ok(Step::DONE),
@@ -179,7 +185,11 @@ impl Session {
                 self.set_vring_addr(index, addresses, log_used, crew)
             }
             Message::SetVringBase { index, base } => self.set_vring_base(index, base),
-            Message::GetVringBase { index } => self.get_vring_base(index, crew),
+            Message::GetVringBase { index, in_flight } => {
+                self.get_vring_base(index, in_flight, crew)
+            }
+            Message::SetDeviceStateFd(transfer, file) => self.set_device_state(transfer, file),
+            Message::CheckDeviceState => self.check_device_state(),
             Message::SetVringKick { index, fd } => self.set_vring_kick(index, fd, crew),
             Message::SetVringCall { index, fd } => self.set_vring_call(index, fd, crew),
             Message::SetVringErr { index, fd } => self.set_vring_err(index, fd, crew),

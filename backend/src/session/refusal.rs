@@ -5,6 +5,7 @@ use std::io;
 use iov_iter::MemoryError;
 use thiserror::Error;
 
+use super::state::StateError;
 use crate::blk::ConfigError;
 use crate::inflight::RegionError;
 use crate::limits::MAX_VRINGS;
@@ -85,6 +86,12 @@ pub enum Refusal {
     /// The in-flight region cannot be had or used.
     #[error("in-flight tracking")]
     Inflight(#[from] RegionError),
+    /// It is for a device that is suspended, and a vring is started.
+    #[error("a vring is started, so that the device is not suspended")]
+    NotSuspended,
+    /// The device's state cannot be saved or loaded.
+    #[error("the device's state")]
+    State(#[from] StateError),
     /// The region cannot change under a vring that is recorded in it.
     #[error("in-flight tracking cannot change while vring {0} is started")]
     InflightInUse(u16),

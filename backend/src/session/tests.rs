@@ -2,13 +2,14 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::os::fd::AsFd;
 
-use blockdev::open;
+use blockdev::{Abort, open};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::blk::BlkOptions;
-use crate::proto::{ConfigRange, Malformed, RegionMessage};
+use crate::proto::{ConfigRange, InFlight, Malformed, RegionMessage};
+use crate::session::features::OfferedBy;
 use crate::vring::Addresses;
 use crate::worker::{ClaimEnd, Command, DeviceId, Enablement, Errand, Outcome, VringId};
 
@@ -116,6 +117,8 @@ fn code(message: &Message) -> Code {
         Message::SetInflightFd(..) => 32,
         Message::ResetDevice => 34,
         Message::GetMaxMemSlots => 36,
+        Message::SetDeviceStateFd(..) => 42,
+        Message::CheckDeviceState => 43,
         Message::AddMemReg(..) => 37,
         Message::RemMemReg(_) => 38,
     })
@@ -161,6 +164,18 @@ fn addresses() -> Addresses {
     }
 }
 
+/// The protocol features of a device that cannot take back what it has in flight.
+fn protocol_offered() -> u64 {
+    Negotiation::new(Abort::Impossible).offered()
+}
+
+fn base_of(index: u32) -> Message {
+    Message::GetVringBase {
+        index,
+        in_flight: InFlight::Done,
+    }
+}
+
 fn addr(index: u32, addresses: Addresses) -> Message {
     Message::SetVringAddr {
         index,
@@ -174,7 +189,7 @@ fn addr(index: u32, addresses: Addresses) -> Message {
 fn ready() -> (Session, Notes) {
     let (mut session, crew) = session();
     for message in [
-        Message::SetProtocolFeatures(Negotiation::offered()),
+        Message::SetProtocolFeatures(protocol_offered()),
         Message::SetFeatures(PROTOCOL | VERSION_1),
         Message::SetVringNum { index: 1, size: 8 },
         Message::SetVringBase { index: 1, base: 5 },
@@ -325,9 +340,7 @@ fn get_vring_base_is_answered_when_the_worker_has_stopped() {
     let (mut session, crew) = ready();
     session.send(kick(1), &crew).unwrap();
     crew.take();
-    let step = session
-        .send(Message::GetVringBase { index: 1 }, &crew)
-        .unwrap();
+    let step = session.send(base_of(1), &crew).unwrap();
     assert_eq!(step, Step::Wait(Wait::Stopped(1)));
     assert!(matches!(
         &crew.take()[..],
@@ -346,9 +359,7 @@ fn get_vring_base_is_answered_when_the_worker_has_stopped() {
     session.run_errands(&crew);
     let settled = session.settle(Wait::Stopped(1));
     assert_eq!(settled.and_then(Result::ok), Some(reply.clone()));
-    let again = session
-        .send(Message::GetVringBase { index: 1 }, &crew)
-        .unwrap();
+    let again = session.send(base_of(1), &crew).unwrap();
     assert_eq!(
         again,
         Step::Done(reply),
@@ -381,7 +392,7 @@ fn vring_indices_end_at_the_limit() {
                 index: beyond,
                 base: 0,
             },
-            Message::GetVringBase { index: beyond },
+            base_of(beyond),
             Message::SetVringKick {
                 index: beyond,
                 fd: None,
@@ -460,7 +471,7 @@ fn features_beyond_the_offered_are_refused() {
         assert!(matches!(refused, Err(Refusal::Features(beyond)) if beyond == bit));
     }
     session.send(Message::SetFeatures(offered), &crew).unwrap();
-    let offered = Negotiation::offered();
+    let offered = protocol_offered();
     for bit in (0..64)
         .map(|shift| 1_u64 << shift)
         .filter(|bit| offered & bit == 0)
@@ -718,9 +729,7 @@ fn a_log_that_was_given_back_does_not_keep_a_device_from_starting_again() {
     let refused = session.send(larger(), &crew);
     assert!(matches!(refused, Err(Refusal::LogTooSmall { .. })));
     // QEMU stops the device when its guest reboots, and gives the log back.
-    session
-        .send(Message::GetVringBase { index: 1 }, &crew)
-        .unwrap();
+    session.send(base_of(1), &crew).unwrap();
     let stopped = Report::Stopped {
         id: id(1),
         next_avail: 5,
@@ -745,9 +754,15 @@ fn a_log_that_was_given_back_does_not_keep_a_device_from_starting_again() {
 
 #[test]
 fn whatever_is_offered_is_handled_and_whatever_is_not_is_refused() {
-    let brought: Vec<_> = OFFERED.iter().flat_map(|feature| feature.brings).collect();
-    for code in (0..60).map(Code) {
-        let offered = brought.iter().any(|&&request| Code::of(request) == code);
+    let everywhere = |feature: &&Feature| feature.offered_by == OfferedBy::All;
+    let brought: Vec<_> = OFFERED
+        .iter()
+        .filter(everywhere)
+        .flat_map(|feature| feature.brings)
+        .collect();
+    // What only devices that can abort offer is tested with one that can.
+    for code in (0..60).map(Code).filter(|code| *code != Code::SKIP_DRAIN) {
+        let offered = brought.contains(&&code);
         let (mut session, crew) = session();
         let refused = session.negotiation.check(code).is_err();
         assert_eq!(
@@ -755,7 +770,7 @@ fn whatever_is_offered_is_handled_and_whatever_is_not_is_refused() {
             "{code} needs its feature exactly if one brings it"
         );
         session
-            .send(Message::SetProtocolFeatures(Negotiation::offered()), &crew)
+            .send(Message::SetProtocolFeatures(protocol_offered()), &crew)
             .unwrap();
         assert!(session.negotiation.check(code).is_ok(), "{code}");
         if offered {
@@ -769,13 +784,14 @@ fn whatever_is_offered_is_handled_and_whatever_is_not_is_refused() {
 #[test]
 fn a_message_needs_its_feature() {
     let (mut session, crew) = session();
-    for feature in OFFERED.iter().filter(|feature| !feature.brings.is_empty()) {
-        let others = Negotiation::offered() & !feature.bit.bits();
+    let everywhere = |feature: &&Feature| feature.offered_by == OfferedBy::All;
+    for feature in OFFERED.iter().filter(everywhere) {
+        let others = protocol_offered() & !feature.bit;
         session
             .send(Message::SetProtocolFeatures(others), &crew)
             .unwrap();
         for &request in feature.brings {
-            let refused = session.negotiation.check(Code::of(request)).unwrap_err();
+            let refused = session.negotiation.check(request).unwrap_err();
             assert!(matches!(refused, Refusal::NotNegotiated(name) if name == feature.name));
         }
     }

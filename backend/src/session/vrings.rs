@@ -8,7 +8,7 @@ use super::eventfd::eventfd;
 use super::{Crew, Refusal, Session, Step, Wait};
 use crate::inflight::QueueRegion;
 use crate::limits::MAX_VRINGS;
-use crate::proto::Reply;
+use crate::proto::{InFlight, Reply};
 use crate::vring::{Addresses, check_size, resolve};
 use crate::worker::{Command, Enablement, StopMode, VringId, VringSetup};
 
@@ -133,8 +133,18 @@ impl Session {
         Ok(Step::DONE)
     }
 
-    /// GET_VRING_BASE: answered when nothing of the vring is in flight.
-    pub(super) fn get_vring_base(&mut self, index: u32, crew: &dyn Crew) -> Result<Step, Refusal> {
+    /// GET_VRING_BASE: answered when nothing of the vring is in flight, since it was done or, where
+    /// that was negotiated and asked for, taken back.
+    pub(super) fn get_vring_base(
+        &mut self,
+        index: u32,
+        in_flight: InFlight,
+        crew: &dyn Crew,
+    ) -> Result<Step, Refusal> {
+        let mode = match in_flight {
+            InFlight::Recorded if self.negotiation.may_suspend() => StopMode::Suspend,
+            InFlight::Recorded | InFlight::Done => StopMode::Drain,
+        };
         let (id, vring) = self.vring(index)?;
         match vring.life {
             Life::Stopped => {
@@ -145,7 +155,7 @@ impl Session {
             Life::Started => {}
         }
         vring.life = Life::Stopping;
-        crew.send(crew.owner(id), Command::Stop(id, StopMode::Drain));
+        crew.send(crew.owner(id), Command::Stop(id, mode));
         Ok(Step::Wait(Wait::Stopped(id.index)))
     }
 
