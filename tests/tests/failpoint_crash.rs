@@ -362,20 +362,31 @@ fn nothing_is_lost_when_it_is_killed_at_any_moment() -> Outcome {
 
 /// The used index was published and not marked, and the guest asks for nothing more: only a
 /// successor that marks the whole ring once lets the other side see it. Event indices keep it from
-/// writing to that page for another reason.
+/// writing to that page for another reason, and the elements are in the next page by then.
 #[test]
 fn a_used_index_that_was_not_marked_is_marked_by_a_successor() -> Outcome {
-    for seed in 1..20 {
+    const EARLIER: u64 = 1300;
+    for seed in 1..4 {
         let setting = Setting::new("io_uring", 1, seed)?;
-        let mut daemon = setting.daemon("index-published=return")?;
+        let mut daemon = setting.daemon(&format!("index-published={EARLIER}*off->return"))?;
         let front_end = setting.front_end_with(&mut daemon, 1024, EVENT_IDX)?;
         let mut run = Run::new(front_end, setting.disk.clone(), seed)?;
-        run.migrate()?;
-        run.submit()?;
+        // One at a time, so that as many indices are published as requests are answered; the last
+        // one is seen although nobody marked it.
+        while run.answered <= EARLIER {
+            if run.pending.is_empty() {
+                run.migrate()?;
+                run.submit()?;
+            }
+            run.reap()?;
+        }
         daemon.wait()?;
         run.migrate()?;
-        run.reap()?;
-        assert_eq!(run.answered, 1, "the index was published");
+        let first_vring = u64::from(run.front_end.vring(0)?.ring.used_index()?);
+        assert!(
+            first_vring > 520 && run.answered - first_vring > 520,
+            "page one"
+        );
         daemon = setting.daemon("")?;
         run.resume(&mut daemon)?;
         run.finish(&setting.image)?;
