@@ -68,7 +68,7 @@ fn a_daemon_leaves_after_its_time_and_the_next_one_does_what_is_recorded() -> Ou
     let first = run.daemons.first_mut().ok_or("it was started")?;
     first.signal(Signal::TERM)?;
     first.says("requests in flight", "for 5 s now")?;
-    let status = first.wait()?;
+    let status = first.leaves()?;
     let log = first.logged()?;
     assert!(
         status.code().is_some_and(|code| code != 0),
@@ -111,7 +111,7 @@ fn a_drain_that_ends_in_time_is_a_success() -> Outcome {
     run.stall.thaw()?;
     assert_eq!(front_end.wait(0, head)?, 0);
     assert!(front_end.peer.closed()?);
-    let status = daemon.wait()?;
+    let status = daemon.leaves()?;
     assert_eq!(status.code(), Some(0), "{}", daemon.logged()?);
     Ok(())
 }
@@ -126,7 +126,7 @@ fn no_time_at_all_leaves_at_once() -> Outcome {
     run.wait_until_stuck(1)?;
     let daemon = run.daemons.first_mut().ok_or("it was started")?;
     daemon.signal(Signal::TERM)?;
-    let status = daemon.wait()?;
+    let status = daemon.leaves()?;
     assert!(status.code().is_some_and(|code| code != 0), "{status}");
     assert!(daemon.logged()?.contains("1 request is left"));
     Ok(())

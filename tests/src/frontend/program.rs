@@ -89,6 +89,21 @@ impl Program {
         Ok(self.child.wait()?)
     }
 
+    /// Waits for its end, which is to come by itself; how it was.
+    ///
+    /// # Errors
+    /// When it does not come for a long time.
+    pub fn leaves(&mut self) -> Outcome<ExitStatus> {
+        let begun = Instant::now();
+        while begun.elapsed() < PATIENCE {
+            if let Some(status) = self.ended()? {
+                return Ok(status);
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Err(format!("it does not leave: {}", self.logged()?).into())
+    }
+
     /// Kills it with SIGKILL and waits until it is gone.
     ///
     /// # Errors
