@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use blockdev::fault::{FaultHandle, FaultPlan};
-use blockdev::{Access, BlockDevice, Direct, Engine, FileOptions, open};
+use blockdev::{Access, BlockDevice, Claim, Direct, Engine, FileOptions, open};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vublk_tests::driver::verify::{
     Counts, Model, Placement, Waiting, Workload, check_all, run, slot_bytes,
@@ -24,6 +24,12 @@ const ENGINES: [Engine; 2] = [Engine::IoUring, Engine::Threads];
 
 /// Bytes of the part of the device that one queue has.
 const AREA: u64 = 24 << 20;
+/// A file without the page cache.
+const DIRECT: FileOptions = FileOptions {
+    access: Access::ReadWrite,
+    direct: Direct::On,
+    block_size: None,
+};
 /// Bytes of the longest transfer.
 const LONGEST: usize = 1 << 20;
 
@@ -78,12 +84,7 @@ fn another_projects_driver_finds_what_it_wrote_to_a_file() -> Outcome {
     for engine in ENGINES {
         let scratch = Scratch::new()?;
         let image = scratch.image("disk", 4 * AREA)?;
-        let options = FileOptions {
-            access: Access::ReadWrite,
-            direct: Direct::On,
-            block_size: None,
-        };
-        let models = verify_all(&open::file(&image, options)?, engine)?;
+        let models = verify_all(&open::file(&image, DIRECT)?, engine)?;
         let bytes = fs::read(&image)?;
         for mut model in models {
             let area = model.area();
@@ -353,4 +354,39 @@ fn a_driver_that_breaks_one_ring_keeps_the_others() -> Outcome {
     front_end.write(1, 4, &[3; 512])?;
     drop(front_end);
     stock.left()
+}
+
+#[test]
+fn the_image_is_taken_while_a_ring_runs() -> Outcome {
+    let scratch = Scratch::new()?;
+    let image = scratch.image("disk", 4 << 20)?;
+    let other = open::file(&image, DIRECT)?;
+    assert_eq!(other.claim()?, Claim::Held);
+    let stock = stock(Engine::IoUring, 2, Some(open::file(&image, DIRECT)?))?;
+    let options = Options {
+        vrings: 2,
+        ..Options::default()
+    };
+    let mut front_end = FrontEnd::start(stock.connect()?, options)?;
+    let head = front_end.submit(0, 0, (Kind::Out, 0), &[1; 512])?;
+    thread::sleep(Duration::from_millis(200));
+    let used = front_end.vring(0)?.ring.used_index()?;
+    assert_eq!(used, 0, "another one has the image");
+    other.release()?;
+    assert_eq!(front_end.wait(0, head)?, 0);
+    front_end.write(1, 8, &[2; 512])?;
+    assert_eq!(other.claim()?, Claim::Busy);
+    front_end.peer.vring_base(0)?;
+    assert_eq!(other.claim()?, Claim::Busy, "one ring is left");
+    front_end.peer.vring_base(1)?;
+    assert_eq!(other.claim()?, Claim::Held, "none is");
+    other.release()?;
+    // A front end that hangs up stops no ring; the end of the daemon does.
+    front_end.start_vring(1, 1)?;
+    front_end.write(1, 8, &[3; 512])?;
+    assert_eq!(other.claim()?, Claim::Busy);
+    drop(front_end);
+    stock.left()?;
+    assert_eq!(other.claim()?, Claim::Held);
+    Ok(())
 }

@@ -13,6 +13,7 @@ use vhost_user_backend::VringT;
 use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::custody::Custody;
 use super::gate::{Ask, Asked, Gate};
 use super::memory::Bitmaps;
 use super::{Memory, Vring};
@@ -29,6 +30,7 @@ use crate::worker::{Report, StopMode, VringId, WorkerError};
 pub(super) struct Lane {
     gate: Arc<Gate>,
     asked: Receiver<Asked>,
+    custody: Arc<Custody>,
     // Before the ring, which outlives its channel.
     path: Path<Bitmaps>,
     ring: Ring,
@@ -53,6 +55,8 @@ pub(super) struct Lane {
 struct Seat {
     /// Requests that were popped and not used yet.
     in_flight: usize,
+    /// The storage was taken for it.
+    started: bool,
     /// It was kicked and not found empty since.
     ready: bool,
     /// Something was used since the last call.
@@ -76,6 +80,7 @@ impl Lane {
         engine: Engine,
         share: Share,
         gate: Arc<Gate>,
+        custody: Arc<Custody>,
     ) -> Result<Lane, WorkerError> {
         let asked = gate.open().ok_or(WorkerError::Died)?;
         let mut ring = Ring::new(engine).map_err(WorkerError::Ring)?;
@@ -97,6 +102,7 @@ impl Lane {
         Ok(Lane {
             gate,
             asked,
+            custody,
             path: Path::new(device, channel, 0, view),
             ring,
             slots: Slots::default(),
@@ -171,7 +177,10 @@ impl Lane {
                 }
                 Ask::Drain(local) => {
                     for (place, seat) in self.seats.iter_mut().enumerate() {
-                        seat.broken &= local.is_some_and(|local| local != place);
+                        let other = local.is_some_and(|local| local != place);
+                        seat.broken &= other;
+                        // A reset stops no vring of the host's.
+                        seat.started &= other || local.is_none();
                     }
                     self.drains.push((local, done));
                     continue;
@@ -216,6 +225,9 @@ impl Lane {
     /// Pops and starts what a vring has, [`CHAINS_PER_TURN`] at the most; says whether it may have
     /// more.
     fn pop(&mut self, local: usize, vring: &Vring) -> bool {
+        if !self.may_touch_storage(local, vring) {
+            return false;
+        }
         let Some((descriptors, size)) = self.descriptors(local, vring) else {
             return false;
         };
@@ -246,6 +258,28 @@ impl Lane {
             }
         }
         true
+    }
+
+    /// Takes the storage for a vring that was started; a vring that has to do without is tried
+    /// again at its next kick.
+    fn may_touch_storage(&mut self, local: usize, vring: &Vring) -> bool {
+        if self.seats[local].started {
+            return true;
+        }
+        if !vring.get_ref().get_queue().ready() {
+            return false;
+        }
+        let id = self.id(local);
+        match self.custody.start(id.index) {
+            Ok(()) => {
+                self.seats[local].started = true;
+                true
+            }
+            Err(error) => {
+                self.path.complain(id, &error);
+                false
+            }
+        }
     }
 
     /// Asks for a kick; says whether there is more to pop without one.
@@ -425,6 +459,8 @@ impl Drop for Lane {
                 }
             }
         }
+        let vrings = (0..self.seats.len()).map(|local| self.id(local).index);
+        self.custody.stop(vrings);
     }
 }
 

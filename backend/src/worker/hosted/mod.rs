@@ -36,6 +36,7 @@
 //! # }
 //! ```
 
+mod custody;
 mod gate;
 mod lane;
 mod memory;
@@ -59,6 +60,7 @@ use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
+use self::custody::Custody;
 use self::gate::{Answer, Ask, Gate};
 use self::lane::Lane;
 use super::attachment::Share;
@@ -142,6 +144,7 @@ pub struct Hosted {
     options: HostOptions,
     /// One for each thread.
     gates: Vec<Arc<Gate>>,
+    custody: Arc<Custody>,
     attached: AtomicBool,
 }
 
@@ -166,6 +169,7 @@ impl Hosted {
         }
         let gates: Result<_, _> = (0..threads).map(|_| Gate::new().map(Arc::new)).collect();
         Ok(Hosted {
+            custody: Arc::new(Custody::new(device.clone())),
             device,
             options,
             gates: gates.map_err(HostError::Events)?,
@@ -245,6 +249,7 @@ impl Hosted {
                 self.options.engine,
                 self.share(thread),
                 gate.clone(),
+                self.custody.clone(),
             );
             match made {
                 Ok(lane) => lanes.push(lane),
@@ -339,13 +344,16 @@ impl VhostUserBackend for Hosted {
     }
 
     /// Returns when nothing of the vring is in flight any more, and all of it was used and called
-    /// for.
-    fn stop_vring(&self, queue: u32) -> io::Result<()> {
-        let queue = usize::try_from(queue).map_err(io::Error::other)?;
+    /// for. With the last one the storage is given back.
+    fn stop_vring(&self, index: u32) -> io::Result<()> {
+        let index = u16::try_from(index).map_err(io::Error::other)?;
+        let queue = usize::from(index);
         let threads = self.options.threads;
         let gate = self.gates.get(queue % threads);
         let gate = gate.ok_or(io::ErrorKind::InvalidInput)?;
-        Ok(self.ask(gate, Ask::Drain(Some(queue / threads)))?.wait()?)
+        self.ask(gate, Ask::Drain(Some(queue / threads)))?.wait()?;
+        self.custody.stop([index]);
+        Ok(())
     }
 
     fn handle_event(
