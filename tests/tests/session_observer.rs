@@ -1,8 +1,9 @@
-//! A migration's reader at work while requests fly: it takes bits and copies pages all the time, and
-//! in the end its copy is the guest's memory.
+//! A migration's reader at work while requests fly: it takes bits and copies pages all the time.
+//! What a request changed is in its copy soon after the request was answered, and in the end its
+//! copy is the guest's memory.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -26,6 +27,8 @@ struct Migration<'a> {
     logs: Mutex<Vec<Arc<DirtyLog>>>,
     /// Pages that the guest wrote to itself.
     touched: Mutex<BTreeSet<u64>>,
+    /// Passes the reader has made.
+    passes: AtomicU64,
     over: AtomicBool,
 }
 
@@ -46,6 +49,7 @@ impl Migration<'_> {
         let mut copied = 0;
         while !self.over.load(Ordering::Acquire) {
             copied += self.pass()?;
+            self.passes.fetch_add(1, Ordering::AcqRel);
             std::thread::yield_now();
         }
         Ok(copied)
@@ -57,9 +61,13 @@ impl Migration<'_> {
         lock(&self.touched).extend(0..pages);
     }
 
-    fn compare(&self) -> Outcome {
+    fn compare_all(&self) -> Outcome {
         self.pass()?;
-        for page in 0..self.ram.layout().size / PAGE {
+        self.compare(0..self.ram.layout().size / PAGE)
+    }
+
+    fn compare(&self, pages: std::ops::Range<u64>) -> Outcome {
+        for page in pages {
             let ours = self.ram.read(page * PAGE, 4096)?;
             let theirs = self.copied.read(page * PAGE, 4096)?;
             assert!(ours == theirs, "page {page} changed and was not marked");
@@ -68,15 +76,35 @@ impl Migration<'_> {
     }
 }
 
+/// Ends the reader when it is dropped.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 fn lock<T>(shared: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+struct Unchecked {
+    index: u16,
+    place: u16,
+    len: u64,
+    pass: u64,
 }
 
 /// The guest: requests in random places, answered in any order, with or without success.
 struct Guest<'a> {
     front_end: FrontEnd,
     migration: &'a Migration<'a>,
-    pending: HashMap<(u16, u16), Kind>,
+    pending: HashMap<(u16, u16), u64>,
+    /// Requests that were answered, and from which pass on the reader has seen all of them: their
+    /// places are not used before that was looked at.
+    unchecked: Vec<Unchecked>,
+    logging: bool,
     random: fastrand::Rng,
     failed: u64,
     answered: u64,
@@ -86,7 +114,8 @@ impl Guest<'_> {
     fn submit(&mut self) -> Outcome {
         let index = self.random.u16(..VRINGS);
         let place = self.random.u16(..PLACES);
-        if self.pending.contains_key(&(index, place * 3)) {
+        let unchecked = |u: &Unchecked| (u.index, u.place) == (index, place);
+        if self.pending.contains_key(&(index, place * 3)) || self.unchecked.iter().any(unchecked) {
             return Ok(());
         }
         let kind = match self.random.u8(..8) {
@@ -118,7 +147,7 @@ impl Guest<'_> {
             let data = bytes / PAGE..(bytes + len as u64).div_ceil(PAGE);
             lock(&self.migration.touched).extend(data);
         }
-        self.pending.insert((index, head), kind);
+        self.pending.insert((index, head), len as u64);
         Ok(())
     }
 
@@ -127,12 +156,41 @@ impl Guest<'_> {
             while let Some((head, _)) = self.front_end.vring(index)?.ring.take_used()? {
                 let head = u16::try_from(head)?;
                 let known = self.pending.remove(&(index, head));
-                assert!(known.is_some(), "head {head} was answered twice");
+                let len = known.ok_or_else(|| format!("head {head} was answered twice"))?;
+                // The pass that is under way may have been there already, and the next one was not.
+                let pass = self.migration.passes.load(Ordering::Acquire) + 2;
+                if self.logging {
+                    self.unchecked.push(Unchecked {
+                        index,
+                        place: head / 3,
+                        len,
+                        pass,
+                    });
+                }
                 let [_, status, _] = self.front_end.vring(index)?.places(head / 3);
                 let status = self.migration.ram.read(status, 1)?;
                 self.failed += u64::from(status != [0]);
                 self.answered += 1;
             }
+        }
+        self.check()
+    }
+
+    /// Looks at what the reader has seen of requests that were answered.
+    fn check(&mut self) -> Outcome {
+        let passes = self.migration.passes.load(Ordering::Acquire);
+        let (seen, unseen) = std::mem::take(&mut self.unchecked)
+            .into_iter()
+            .partition(|unchecked| unchecked.pass <= passes);
+        self.unchecked = unseen;
+        for Unchecked {
+            index, place, len, ..
+        } in seen
+        {
+            let [header, _, bytes] = self.front_end.vring(index)?.places(place);
+            self.migration.compare(header / PAGE..header / PAGE + 1)?;
+            self.migration
+                .compare(bytes / PAGE..(bytes + len).div_ceil(PAGE))?;
         }
         Ok(())
     }
@@ -149,7 +207,7 @@ impl Guest<'_> {
     }
 
     fn settle(&mut self) -> Outcome {
-        while !self.pending.is_empty() {
+        while !self.pending.is_empty() || !self.unchecked.is_empty() {
             self.reap()?;
             std::thread::yield_now();
         }
@@ -187,12 +245,18 @@ impl Guest<'_> {
 
     /// Switches logging off and on again while requests fly: the migration begins anew.
     fn toggle(&mut self) -> Outcome {
+        while !self.unchecked.is_empty() {
+            self.check()?;
+            std::thread::yield_now();
+        }
+        self.logging = false;
         self.front_end.stop_logging(0)?;
         self.work(100)?;
         let log = Arc::new(DirtyLog::new(self.migration.ram.layout().size, 0)?);
         *lock(&self.migration.logs) = vec![log.clone()];
         self.front_end.start_logging(&log, 0)?;
         self.migration.begin_again();
+        self.logging = true;
         Ok(())
     }
 }
@@ -218,6 +282,7 @@ fn migrate(plan: FaultPlan, engine: Engine, seed: u64) -> Outcome {
         ram: &ram,
         logs: Mutex::new(vec![log]),
         touched: Mutex::default(),
+        passes: AtomicU64::new(0),
         over: AtomicBool::new(false),
     };
     migration.begin_again();
@@ -225,24 +290,27 @@ fn migrate(plan: FaultPlan, engine: Engine, seed: u64) -> Outcome {
         front_end,
         migration: &migration,
         pending: HashMap::new(),
+        unchecked: Vec::new(),
+        logging: true,
         random: fastrand::Rng::with_seed(seed),
         failed: 0,
         answered: 0,
     };
     let copied = std::thread::scope(|scope| -> Outcome<usize> {
         let reader = scope.spawn(|| migration.read_until_over());
+        // Also when a check fails: the scope waits for the reader.
+        let over = Over(&migration.over);
         let ran = (|| -> Outcome {
-            for round in 0..12 {
-                guest.work(200)?;
+            for round in 0..60 {
+                guest.work(30)?;
                 match round % 4 {
-                    1 => guest.swap_log()?,
                     3 => guest.toggle()?,
-                    _ => {}
+                    _ => guest.swap_log()?,
                 }
             }
             guest.settle()
         })();
-        migration.over.store(true, Ordering::Release);
+        drop(over);
         let copied = reader.join().map_err(|panic| format!("{panic:?}"))?;
         ran.and(copied)
     })?;
@@ -250,7 +318,7 @@ fn migrate(plan: FaultPlan, engine: Engine, seed: u64) -> Outcome {
         guest.front_end.peer.vring_base(u32::from(index))?;
     }
     guest.reap()?;
-    migration.compare()?;
+    migration.compare_all()?;
     assert!(copied > 1000, "the reader was at work: {copied} pages");
     assert!(guest.answered > 1000, "and so was the guest");
     assert_eq!(guest.failed > 0, plan.fail > 0, "failures as planned");
