@@ -1,6 +1,6 @@
 //! Whatever happens between requests: stops, other memory, other logs, lost connections, storage
-//! that is stuck. Every request is answered exactly once, what it changed is marked, the data is the
-//! model's, and nothing is held in the end.
+//! that is stuck. Every request is answered exactly once, what it changed is marked, the data is
+//! the model's, and nothing is held in the end.
 //!
 //! VUBLK_PROPERTY_SECONDS says for how long dice are thrown (20), VUBLK_PROPERTY_SEED does one run
 //! again.

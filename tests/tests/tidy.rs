@@ -129,6 +129,25 @@ fn lines_are_short_and_clean() {
 }
 
 #[test]
+fn every_rule_is_guarded_by_a_test_that_exists() {
+    let table = read(Path::new("tests/README.md"));
+    let rows = table.lines().filter(|line| line.starts_with("| "));
+    let guards: BTreeSet<&str> = rows
+        .filter_map(|row| row.rsplit("| ").next())
+        .flat_map(|cell| cell.split('`').skip(1).step_by(2))
+        .collect();
+    assert!(guards.len() > 50, "the table is read: {}", guards.len());
+    let sources: String = rust_files().iter().map(|path| read(path)).collect();
+    let is_missing = |guard: &&&str| !sources.contains(&format!("fn {guard}("));
+    let missing: Vec<String> = guards
+        .iter()
+        .filter(is_missing)
+        .map(|g| (*g).into())
+        .collect();
+    assert_none("tests that are not there", &missing);
+}
+
+#[test]
 fn nothing_is_left_unfinished() {
     // Put together here, so that this file does not find itself.
     let marks = [
