@@ -48,15 +48,24 @@ impl Session {
                 Ok(Step::DONE)
             }
             State::Free => {
-                self.custody.state = State::Taking;
                 self.custody.starting = Some((id, kick));
-                let patience = self.device.lock_timeout();
-                crew.errand(self.device.id(), Errand::Claim(patience));
+                self.take(crew);
                 Ok(Step::Wait(Wait::Claimed))
             }
-            // Messages come one at a time, and both are waited for.
-            State::Taking | State::Giving => Err(Refusal::Stopping(id.index)),
+            // It is taken again once it was given back.
+            State::Giving => {
+                self.custody.starting = Some((id, kick));
+                Ok(Step::Wait(Wait::Claimed))
+            }
+            // Messages come one at a time, and this is waited for.
+            State::Taking => Err(Refusal::Stopping(id.index)),
         }
+    }
+
+    fn take(&mut self, crew: &dyn Crew) {
+        self.custody.state = State::Taking;
+        let patience = self.device.lock_timeout();
+        crew.errand(self.device.id(), Errand::Claim(patience));
     }
 
     /// Makes what was answered stable before the message is.
@@ -89,7 +98,12 @@ impl Session {
                     }
                 }));
             }
-            Outcome::Released => self.custody.state = State::Free,
+            Outcome::Released => {
+                self.custody.state = State::Free;
+                if self.ending == Ending::NotYet && self.custody.starting.is_some() {
+                    self.take(crew);
+                }
+            }
             Outcome::Synced(done) => {
                 let name = self.device.name();
                 self.custody.synced = Some(if done {
@@ -120,6 +134,15 @@ impl Session {
     /// Whether the storage is anybody's, or ours: nothing is on its way.
     pub(super) fn is_settled(&self) -> bool {
         matches!(self.custody.state, State::Free | State::Held)
+    }
+
+    /// What is on its way, for the log.
+    pub(super) fn custody_text(&self) -> &'static str {
+        match self.custody.state {
+            State::Taking => "the lock on",
+            State::Giving => "to give back",
+            State::Free | State::Held => "",
+        }
     }
 
     /// Whether the storage is not ours, and is not becoming so.

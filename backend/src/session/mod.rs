@@ -358,7 +358,7 @@ impl fmt::Display for Missing<'_> {
             Some(Wait::Claimed) => write!(f, "the lock on {}", session.device.name()),
             Some(Wait::Synced) => write!(f, "{} to be stable", session.device.name()),
             _ if session.all_stopped() && !session.has_given_back() => {
-                write!(f, "{} to be given back", session.device.name())
+                write!(f, "{} {}", session.custody_text(), session.device.name())
             }
             Some(Wait::Adopted(_)) => f.write_str("workers that have not taken the new memory"),
             Some(Wait::Stopped(_) | Wait::Reset) | None => {

@@ -712,6 +712,36 @@ fn the_end_of_a_session_takes_everything_back_once() {
 }
 
 #[test]
+fn storage_that_is_given_back_is_taken_again_for_the_next_start() {
+    let (mut session, crew) = ready();
+    session.send(kick(1), &crew).unwrap();
+    session.send(base_of(1), &crew).unwrap();
+    let stopped = Report::Stopped {
+        id: id(1),
+        next_avail: 5,
+    };
+    session.reported(1, stopped, &crew);
+    crew.take();
+    // It is still being given back.
+    let message = kick(1);
+    let step = session.handle(code(&message), message, &crew).unwrap();
+    assert_eq!(step, Step::Wait(Wait::Claimed));
+    assert!(!session.settled(Wait::Claimed));
+    session.run_errands(&crew);
+    assert!(
+        !session.settled(Wait::Claimed),
+        "given back, not taken again"
+    );
+    assert!(crew.take_but_fences().is_empty());
+    session.run_errands(&crew);
+    assert!(session.settled(Wait::Claimed));
+    assert!(matches!(
+        &crew.take_but_fences()[..],
+        [(1, Command::Start(..))]
+    ));
+}
+
+#[test]
 fn a_log_that_was_given_back_does_not_keep_a_device_from_starting_again() {
     let (mut session, crew) = ready();
     let log = memfd_create("log", MemfdFlags::CLOEXEC).unwrap();
