@@ -18,6 +18,7 @@ mod progress;
 mod supervisor;
 mod worker;
 
+use std::io::{self, Write as _};
 use std::process::ExitCode;
 
 use clap::Parser as _;
@@ -33,7 +34,10 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("guest-load: {error}");
+            // In one piece, since several processes may write at a time; nobody reads it if this
+            // fails.
+            let line = format!("guest-load: {error}\n");
+            let _ = io::stderr().write_all(line.as_bytes());
             ExitCode::FAILURE
         }
     }

@@ -74,6 +74,15 @@ impl Migration {
         }
     }
 
+    /// Waits until QEMU has fetched the dirty log `count` more times.
+    ///
+    /// # Errors
+    /// As `wait_passes`.
+    pub fn wait_more_passes(&mut self, count: u64) -> Result<(), GuestError> {
+        let now = passes(&self.query()?);
+        self.wait_passes(now + count)
+    }
+
     /// Lets the migration end, ends the source's QEMU and returns the guest at its destination,
     /// with the passes that it took.
     ///
@@ -106,6 +115,25 @@ impl Migration {
             }
             wait(deadline, &state)?;
         }
+    }
+
+    /// Gives the migration up and returns the guest where it has run all the time.
+    ///
+    /// # Errors
+    /// `Qmp` when the migration ended in another way, `TimedOut` when it does not end.
+    pub fn cancel(mut self) -> Result<Guest, GuestError> {
+        self.qmp.execute("migrate_cancel", json!({}))?;
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let state = self.query()?;
+            match status(&state) {
+                "cancelled" => break,
+                "cancelling" | "setup" | "active" => wait(deadline, &state)?,
+                _ => return Err(refused(&state)),
+            }
+        }
+        self.destination.kill()?;
+        Ok(self.source)
     }
 
     fn query(&mut self) -> Result<Value, GuestError> {

@@ -261,7 +261,7 @@ impl DaemonSpec {
                 let engine = self.engine.unwrap_or(Engine::IoUring).name();
                 let file = joined("driver=file,filename=", path);
                 let mut node = file;
-                node.push(format!(",aio={engine},cache.direct="));
+                node.push(format!(",aio={engine},locking=off,cache.direct="));
                 node.push(on_off(self.direct.unwrap_or(false)));
                 node
             }
