@@ -184,11 +184,16 @@ fn the_write_cache_is_as_it_was_when_the_daemon_went() -> Outcome {
         set_writeback(peer, after)?;
         served.stop()?;
     }
-    // A region that nobody has used yet keeps what the guest has asked for already.
+    // A region that nobody has used yet gets what the guest has asked for already.
     let served = Served::start()?;
     let front_end = attached(&served)?;
     set_writeback(&front_end.peer, 0)?;
-    InflightFile::get(&front_end.peer, 2, 64)?.set(&front_end.peer)?;
+    let region = InflightFile::get(&front_end.peer, 2, 64)?;
+    region.set(&front_end.peer)?;
+    served.stop()?;
+    let served = Served::start()?;
+    let front_end = attached(&served)?;
+    region.set(&front_end.peer)?;
     assert_eq!(front_end.peer.config(32, 1)?, [0]);
     served.stop()
 }

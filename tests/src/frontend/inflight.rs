@@ -47,6 +47,18 @@ impl InflightFile {
         )?)
     }
 
+    /// Hands the region to a daemon as QEMU does that: without wanting an answer.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn tell(&self, peer: &Peer) -> Outcome {
+        Ok(peer.tell(
+            code::SET_INFLIGHT_FD,
+            &self.description,
+            &[self.file.as_fd()],
+        )?)
+    }
+
     /// Everything in it.
     ///
     /// # Errors
