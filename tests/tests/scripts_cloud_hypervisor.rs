@@ -1,5 +1,6 @@
 //! What Cloud Hypervisor sends, message by message, as virtio-devices/src/vhost_user/blk.rs and
-//! vu_common_ctrl.rs have it: handshake, activation, hot-plug, pause, reset and reconnection.
+//! vu_common_ctrl.rs have it: handshake, activation, hot-plug, pause, reset, reconnection and
+//! migration.
 //!
 //! It speaks through the vhost crate, which sets NEED_REPLY on every message once REPLY_ACK is
 //! negotiated, on those with an answer of their own too.
@@ -9,7 +10,8 @@ use std::os::unix::net::UnixStream;
 
 use vublk::fds::borrow;
 use vublk_tests::frontend::{
-    FrontEnd, GuestRam, LOG_ALL, Layout, Options, Outcome, Served, code, region_payload, words,
+    DirtyLog, FrontEnd, GuestRam, LOG_ALL, Layout, NEED_REPLY, Options, Outcome, PAGE, Served,
+    VERSION, code, region_payload, words,
 };
 
 /// blk.rs: SIZE_MAX, SEG_MAX, GEOMETRY, RO, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, DISCARD,
@@ -107,6 +109,60 @@ impl CloudHypervisor {
         Ok(())
     }
 
+    /// update_log_base: a new log with a byte for every eight pages up to the last address, which
+    /// is no whole number of words, and an answer that describes it.
+    fn update_log_base(&self) -> Outcome<DirtyLog> {
+        let end = self.front_end.ram.layout().size;
+        let log = DirtyLog::new(end + 64 * PAGE, 0)?;
+        let size = (end - 1) / (PAGE * 8) + 1;
+        let payload = [size.to_ne_bytes(), 0_u64.to_ne_bytes()].concat();
+        let peer = &self.front_end.peer;
+        peer.send(
+            code::SET_LOG_BASE,
+            VERSION | NEED_REPLY,
+            &payload,
+            &[log.fd()],
+        )?;
+        assert_eq!(peer.reply_to(code::SET_LOG_BASE)?.payload, payload);
+        Ok(log)
+    }
+
+    /// set_vring_logging: without logging there is no address to log at.
+    fn set_vring_logging(&mut self, log_used: bool) -> Outcome {
+        let FrontEnd { peer, vrings, .. } = &mut self.front_end;
+        for (index, vring) in (0_u32..).zip(vrings) {
+            vring.log_used = log_used;
+            let mut payload = vring.addr_payload(index);
+            if !log_used {
+                payload.truncate(payload.len() - 8);
+                payload.extend([0; 8]);
+            }
+            peer.confirm(code::SET_VRING_ADDR, &payload, &[])?;
+        }
+        Ok(())
+    }
+
+    /// start_dirty_log.
+    fn start_dirty_log(&mut self) -> Outcome<DirtyLog> {
+        let log = self.update_log_base()?;
+        let acked = (self.acked | LOG_ALL).to_ne_bytes();
+        self.front_end
+            .peer
+            .confirm(code::SET_FEATURES, &acked, &[])?;
+        self.set_vring_logging(true)?;
+        Ok(log)
+    }
+
+    /// stop_dirty_log: the vrings first, then the feature.
+    fn stop_dirty_log(&mut self) -> Outcome {
+        self.set_vring_logging(false)?;
+        let acked = (self.acked & !LOG_ALL).to_ne_bytes();
+        Ok(self
+            .front_end
+            .peer
+            .confirm(code::SET_FEATURES, &acked, &[])?)
+    }
+
     /// reset_vhost_user.
     fn reset(&self) -> Outcome {
         for index in 0..u32::from(QUEUES) {
@@ -174,5 +230,56 @@ fn cloud_hypervisor_comes_back_without_asking_again() -> Outcome {
     peer.tell(code::SET_PROTOCOL_FEATURES, &ch.protocol.to_ne_bytes(), &[])?;
     ch.activate()?;
     ch.front_end.verify(116)?;
+    served.stop()
+}
+
+/// Every pass takes a whole log away and copies what it says, while the next one fills.
+#[test]
+fn cloud_hypervisor_copies_pass_by_pass_and_pauses() -> Outcome {
+    let served = Served::start()?;
+    let mut ch = CloudHypervisor::new(&served, 0)?;
+    assert_ne!(ch.acked & LOG_ALL, 0, "MigrationNotSupported otherwise");
+    assert_ne!(ch.protocol & 1 << 1, 0, "and without LOG_SHMFD");
+    ch.activate()?;
+    ch.front_end.verify(160)?;
+    for round in 0..2 {
+        let mut log = ch.start_dirty_log()?;
+        log.take()?;
+        for pass in 0..4_u16 {
+            let index = pass % QUEUES;
+            ch.front_end.read(index, u64::from(pass), 512)?;
+            // dirty_log: the old one is complete when the new one is answered.
+            let next = ch.update_log_base()?;
+            let vring = ch.front_end.vring(index)?;
+            let [_, status, data] = vring.places(0);
+            let changed = [vring.ring.used_addr(), status, data].map(|guest| guest / PAGE);
+            let marked = log.take()?;
+            assert!(
+                changed.iter().all(|page| marked.contains(page)),
+                "{changed:?} of {marked:?}"
+            );
+            ch.front_end.read(index, u64::from(pass), 512)?;
+            assert_eq!(log.take()?, [0_u64; 0], "nobody marks it any more");
+            log = next;
+        }
+        // The last pass: the guest is paused, and then nothing changes.
+        ch.enable(0)?;
+        let last = ch.update_log_base()?;
+        ch.front_end.peer.still_served()?;
+        let used: Vec<u64> = ch
+            .front_end
+            .vrings
+            .iter()
+            .map(|vring| vring.ring.used_addr() / PAGE)
+            .collect();
+        let marked = last.take()?;
+        assert!(marked.iter().all(|page| used.contains(page)), "{marked:?}");
+        // The migration fails, and the guest goes on here.
+        ch.stop_dirty_log()?;
+        ch.enable(1)?;
+        ch.front_end.verify(161 + round)?;
+        assert_eq!(last.take()?, [0_u64; 0], "the log was given back");
+    }
+    ch.reset()?;
     served.stop()
 }
