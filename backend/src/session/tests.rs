@@ -13,6 +13,8 @@ use crate::session::features::OfferedBy;
 use crate::vring::Addresses;
 use crate::worker::{ClaimEnd, Command, DeviceId, Enablement, Errand, Outcome, VringId};
 
+mod log;
+
 const DEVICE: DeviceId = DeviceId(0);
 const SIZE: u64 = 1 << 20;
 const PROTOCOL: u64 = 1 << 30;
