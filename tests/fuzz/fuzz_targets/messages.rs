@@ -36,7 +36,9 @@ static FDS: LazyLock<[OwnedFd; 4]> = LazyLock::new(|| {
     let memory = memfd_create("guest", MemfdFlags::CLOEXEC).expect("a memfd");
     ftruncate(&memory, 64 << 10).expect("a memfd of 64 KiB");
     let null = rustix::fs::open("/dev/null", OFlags::RDONLY, Mode::empty()).expect("/dev/null");
-    let (socket, _) = UnixStream::pair().expect("a socket");
+    let (socket, other_end) = UnixStream::pair().expect("a socket");
+    // Writing to a socket that nobody has ends a process in which Rust did not start.
+    std::mem::forget(other_end);
     [event, memory, null, socket.into()]
 });
 
@@ -245,10 +247,8 @@ impl Crew for Notes {
             | Command::SetErr(id, _)
             | Command::SetUsedLog(id, _) => self.started(id),
             Command::Fence(device, fence) => self.tell(worker, Report::Fenced(device, fence)),
-            Command::SetFeatures(..)
-            | Command::SetLog(..)
-            | Command::Resize(_)
-            | Command::Quit => {}
+            Command::SetFeatures(..) | Command::SetLog(..) | Command::Resize(_) | Command::Quit => {
+            }
         }
     }
 
