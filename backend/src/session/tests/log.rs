@@ -47,7 +47,15 @@ fn names(told: &[(usize, Command)]) -> Vec<(usize, &'static str)> {
                 Command::SetUsedLog(_, Some(_)) => "log used",
                 Command::SetUsedLog(_, None) => "log no used",
                 Command::Fence(..) => "fence",
-                other => panic!("{other:?}"),
+                other @ (Command::SetTable { .. }
+                | Command::Start(..)
+                | Command::Stop(..)
+                | Command::Enable(..)
+                | Command::SetKick(..)
+                | Command::SetCall(..)
+                | Command::SetErr(..)
+                | Command::Resize(_)
+                | Command::Quit) => panic!("{other:?}"),
             };
             (*worker, name)
         })
