@@ -1,5 +1,6 @@
 //! A guest that moves from one QEMU to another while it runs.
 
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,56 @@ const DOWNTIME_MS: u32 = 10_000;
 /// Bytes a second before that: slow, so that the guest dirties pages between the passes.
 const THROTTLED: u64 = 48 << 20;
 const UNTHROTTLED: u64 = 4 << 30;
+
+impl Guest {
+    /// Stops the guest, writes all of its state but the disks to the file `state` and ends its
+    /// QEMU. `Builder::restore` goes on from there, as often as it is wanted.
+    ///
+    /// # Errors
+    /// `Qmp` when QEMU refuses or the migration fails, `TimedOut` when it does not end.
+    pub fn save(mut self, state: &Path) -> Result<(), GuestError> {
+        let mut qmp = self.qmp()?;
+        // Nothing changes any more, so that one pass is enough.
+        qmp.execute("stop", json!({}))?;
+        let limits = json!({ "max-bandwidth": UNTHROTTLED, "downtime-limit": DOWNTIME_MS });
+        qmp.execute("migrate-set-parameters", limits)?;
+        let uri = format!("file:{}", state.display());
+        qmp.execute("migrate", json!({ "uri": uri }))?;
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let state = qmp.execute("query-migrate", json!({}))?;
+            if status(&state) == "completed" {
+                break;
+            }
+            if !is_active(&state) {
+                return Err(refused(&state));
+            }
+            wait(deadline, &state)?;
+        }
+        qmp.execute("quit", json!({}))?;
+        self.wait_end()
+    }
+
+    /// Lets a guest go on that was stopped when it was saved.
+    pub(super) fn go_on(&mut self) -> Result<(), GuestError> {
+        let mut qmp = self.qmp()?;
+        wait_status(&mut qmp, "paused")?;
+        qmp.execute("cont", json!({}))?;
+        wait_status(&mut qmp, "running")
+    }
+}
+
+/// Waits until a guest that comes from elsewhere has arrived and is what is wanted.
+fn wait_status(qmp: &mut Qmp, wanted: &str) -> Result<(), GuestError> {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let state = qmp.execute("query-status", json!({}))?;
+        if status(&state) == wanted {
+            return Ok(());
+        }
+        wait(deadline, &state)?;
+    }
+}
 
 /// A migration under way. It does not end before `finish` as long as the load goes on.
 #[derive(Debug)]
@@ -108,13 +159,8 @@ impl Migration {
         drop(self.qmp);
         self.source.wait_end()?;
         let mut qmp = self.destination.qmp()?;
-        loop {
-            let state = qmp.execute("query-status", json!({}))?;
-            if status(&state) == "running" {
-                return Ok((self.destination, passes));
-            }
-            wait(deadline, &state)?;
-        }
+        wait_status(&mut qmp, "running")?;
+        Ok((self.destination, passes))
     }
 
     /// Gives the migration up and returns the guest where it has run all the time.

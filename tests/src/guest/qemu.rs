@@ -220,6 +220,21 @@ impl Builder {
         builder.start(scratch)
     }
 
+    /// Starts a QEMU that goes on with the guest that `Guest::save` wrote to `state`, and waits
+    /// until it runs. The machine must be the same; its disks may be others.
+    ///
+    /// # Errors
+    /// As `start`; `Qmp` or `TimedOut` when the guest does not come to run.
+    pub fn restore(&self, state: &Path, scratch: &Scratch) -> Result<Guest, GuestError> {
+        let builder = self
+            .clone()
+            .argument("-incoming")
+            .argument(with_path("file:", state, ""));
+        let mut guest = builder.start(scratch)?;
+        guest.go_on()?;
+        Ok(guest)
+    }
+
     /// The same guest on other disks, as a migration's destination has it.
     #[must_use]
     pub fn with_disks(&self, disks: impl IntoIterator<Item = Disk>) -> Self {
