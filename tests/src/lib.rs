@@ -4,4 +4,5 @@ pub mod bench;
 pub mod driver;
 pub mod frontend;
 pub mod guest;
+pub mod interleaving;
 pub mod stall;
