@@ -2,8 +2,8 @@
 # Runs everything that checks this project, or the stages that are named; --list names them all.
 # Installs what is missing: packages of the distribution (as root) and cargo's own tools.
 #
-# Environment: VUBLK_FUZZ_SECONDS (60) for each fuzz target; VUBLK_PROPERTY_SECONDS (120) for the
-# dice of property_interleavings; VUBLK_GUEST_ACCEL, VUBLK_GUEST_DAEMON
+# Environment: VUBLK_FUZZ_SECONDS (60) for each fuzz target; VUBLK_PROPERTY_SECONDS (60) for each
+# of the tests that throw dice; VUBLK_GUEST_ACCEL, VUBLK_GUEST_DAEMON
 # and VUBLK_GUEST_DIR as tests/src/guest describes them.
 set -uo pipefail
 # shellcheck source-path=SCRIPTDIR source=packages.sh
@@ -137,7 +137,7 @@ stage_test() {
     cargo build -p vublk || return
     local status=0
     export VUBLK_BIN=$target/debug/vublk
-    export VUBLK_PROPERTY_SECONDS=${VUBLK_PROPERTY_SECONDS:-120}
+    export VUBLK_PROPERTY_SECONDS=${VUBLK_PROPERTY_SECONDS:-60}
     if has_nextest; then
         cargo nextest run --config-file ci/nextest.toml --workspace \
             -E 'not binary(/^guest_/)' || status=1

@@ -109,7 +109,7 @@ impl fmt::Debug for GuestError {
 
 impl GuestError {
     /// A `map_err` that adds what was attempted to an operating system's error.
-    pub(crate) fn host(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+    pub fn host(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let what = what.into();
         move |source| Self::Host { what, source }
     }
