@@ -227,6 +227,10 @@ impl Port {
             return;
         };
         self.remains = Some(link.into_remains());
+        // The session may have ended before it could tell of a size that came with its end.
+        if self.device.is_resized() {
+            self.resize(crew);
+        }
         self.watch_door(place, EventSet::IN, ops);
     }
 
