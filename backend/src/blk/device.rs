@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use blockdev::{BlockDevice, Geometry, Sector};
+use log::info;
 use thiserror::Error;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES,
@@ -120,12 +121,15 @@ impl BlkDevice {
         self.storage.geometry().capacity != self.capacity()
     }
 
-    /// Shows the storage's capacity in the configuration space; the one shown before and the new
-    /// one, in sectors, if they differ. All workers go by the new one already.
-    pub fn publish_capacity(&self) -> Option<(u64, u64)> {
+    /// Shows the storage's capacity in the configuration space, and says whether it is another one
+    /// than before. All workers go by it already.
+    pub fn publish_capacity(&self) -> bool {
         let new = self.storage.geometry().capacity.0;
         let old = self.capacity.swap(new, Ordering::AcqRel);
-        (old != new).then_some((old, new))
+        if old != new {
+            info!("{}: {new} sectors now, {old} before", self.name());
+        }
+        old != new
     }
 
     /// The capacity that the configuration space shows.
@@ -187,7 +191,7 @@ impl BlkDevice {
             &geometry,
             &self.storage.capabilities(),
             self.num_queues,
-            self.configured_cache(),
+            self.write_cache(),
         );
         config::read(&bytes, offset, len)
     }
@@ -198,14 +202,18 @@ impl BlkDevice {
     /// Anything but a valid write to the writeback byte.
     pub fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<(), ConfigError> {
         let cache = config::write(offset, bytes)?;
-        self.cache.store(cache as u8, Ordering::Release);
+        self.set_write_cache(cache);
         Ok(())
     }
 
     /// The write cache as it is configured.
     #[must_use]
     pub fn write_cache(&self) -> WriteCache {
-        self.configured_cache()
+        if self.cache.load(Ordering::Acquire) == WriteCache::Writeback as u8 {
+            WriteCache::Writeback
+        } else {
+            WriteCache::Writethrough
+        }
     }
 
     /// Configures the write cache as it was before this device came into its place.
@@ -219,7 +227,7 @@ impl BlkDevice {
     #[must_use]
     pub fn cache_for(&self, driver_features: u64) -> WriteCache {
         if driver_features & bit(VIRTIO_BLK_F_CONFIG_WCE) != 0 {
-            self.configured_cache()
+            self.write_cache()
         } else if driver_features & bit(VIRTIO_BLK_F_FLUSH) != 0 {
             WriteCache::Writeback
         } else {
@@ -229,8 +237,7 @@ impl BlkDevice {
 
     /// The device is reset: the write cache is back at its default.
     pub fn reset(&self) {
-        self.cache
-            .store(WriteCache::Writeback as u8, Ordering::Release);
+        self.set_write_cache(WriteCache::Writeback);
     }
 
     /// Counters for one more worker.
@@ -273,13 +280,5 @@ impl BlkDevice {
             sum.add(counters);
         }
         sum
-    }
-
-    fn configured_cache(&self) -> WriteCache {
-        if self.cache.load(Ordering::Acquire) == WriteCache::Writeback as u8 {
-            WriteCache::Writeback
-        } else {
-            WriteCache::Writethrough
-        }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events};
-use log::{error, info};
+use log::error;
 
 use super::listen::{Listen, ListenError, Socket};
 use crate::blk::BlkDevice;
@@ -170,10 +170,7 @@ impl Port {
         for worker in 0..crew.count() {
             crew.send(worker, Command::Resize(self.device.id()));
         }
-        if let Some((old, new)) = self.device.publish_capacity() {
-            let name = self.device.name();
-            info!("{name}: {new} sectors now, {old} before");
-        }
+        self.device.publish_capacity();
     }
 
     /// Guest memory of some front end went away.

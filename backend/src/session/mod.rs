@@ -124,7 +124,6 @@ impl Session {
     #[must_use]
     pub fn new(device: Arc<BlkDevice>, epochs: Epochs) -> Session {
         device.reset();
-        device.publish_capacity();
         let abort = device.storage().capabilities().abort;
         Session {
             device,

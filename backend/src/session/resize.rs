@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd;
 
-use log::{info, warn};
+use log::warn;
 use rustix::net::{SendFlags, send};
 
 use super::{Crew, Session};
@@ -20,11 +20,9 @@ pub(super) struct Resize {
 
 impl Session {
     /// The storage was asked for its size. Before the configuration space shows another one, every
-    /// worker has to go by it.
+    /// worker has to go by it. They are told in any case: that it is shown already says only that
+    /// somebody asked twice.
     pub(super) fn resize(&mut self, crew: &dyn Crew) {
-        if !self.device.is_resized() {
-            return;
-        }
         for worker in 0..crew.count() {
             crew.send(worker, Command::Resize(self.device.id()));
         }
@@ -40,9 +38,7 @@ impl Session {
             return;
         }
         self.resize.fence = None;
-        if let Some((old, new)) = self.device.publish_capacity() {
-            let name = self.device.name();
-            info!("{name}: {new} sectors now, {old} before");
+        if self.device.publish_capacity() {
             self.resize.owed = true;
             self.tell_resized();
         }

@@ -297,9 +297,7 @@ impl Attachment {
             lent.reports.push(Report::Broken(id));
         }
     }
-}
 
-impl Attachment {
     fn started(&mut self, id: VringId) -> Option<(usize, &mut Started)> {
         let local = usize::from(id.index) / self.share.of;
         match self.vrings.get_mut(local)? {

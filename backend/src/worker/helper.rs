@@ -1,19 +1,17 @@
 //! A device's helper thread: what may take as long as storage takes, and needs no vring.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::Builder;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use blockdev::Claim;
-use log::{error, info, warn};
+use log::error;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::claim::{claim, release};
 use super::{ClaimEnd, Errand, Outcome, Report, WorkerError};
 use crate::blk::BlkDevice;
-
-/// How long the first pause is before a lock is tried again, and the longest.
-const PAUSES: [Duration; 2] = [Duration::from_millis(10), Duration::from_millis(250)];
 
 /// Who reports that is no worker.
 const NOBODY: usize = usize::MAX;
@@ -68,7 +66,7 @@ impl Thread {
                 // Nothing is being claimed any more: that it ended was reported.
                 Errand::GiveUpClaim => continue,
                 Errand::Release => {
-                    self.release();
+                    release(&self.device);
                     Outcome::Released
                 }
                 Errand::Sync => Outcome::Synced(self.done("sync", &self.device.storage().sync())),
@@ -91,61 +89,27 @@ impl Thread {
         Outcome::Refreshed
     }
 
-    /// Tries to get the storage until it has it, is told to stop, or has waited long enough.
     fn claim(&self, patience: Duration) -> ClaimEnd {
-        let begun = Instant::now();
-        let [mut pause, longest] = PAUSES;
-        let mut waited = false;
-        loop {
-            match self.device.storage().claim() {
-                Ok(Claim::Held) => break,
-                Ok(Claim::Unguarded) => {
-                    let name = self.device.name();
-                    warn!("{name}: its file system has no locks, nothing keeps others out");
-                    break;
-                }
-                Ok(Claim::Busy) => {}
-                Err(error) => {
-                    error!("{}: it cannot be locked: {error}", self.device.name());
-                    return ClaimEnd::Failed;
-                }
-            }
-            let left = patience.saturating_sub(begun.elapsed());
-            if left.is_zero() {
-                return ClaimEnd::TimedOut;
-            }
-            if !waited {
-                waited = true;
-                warn!(
-                    "{}: waiting for its lock, for {} s at most (--lock-timeout): another process \
-                     serves it, or requests of one that was killed are still on their way",
-                    self.device.name(),
-                    patience.as_secs()
-                );
-            }
-            match self.errands.recv_timeout(pause.min(left)) {
-                Err(RecvTimeoutError::Timeout) => pause = longest.min(pause * 2),
-                // Whoever asks for the size need not have the storage.
-                Ok(Errand::Refresh) => self.tell(self.refresh()),
-                Err(RecvTimeoutError::Disconnected)
-                | Ok(Errand::Claim(_) | Errand::GiveUpClaim | Errand::Release | Errand::Sync) => {
-                    return ClaimEnd::GivenUp;
-                }
-            }
-        }
-        if waited {
-            let (name, waited) = (self.device.name(), begun.elapsed());
-            info!("{name}: locked after {:.1} s", waited.as_secs_f32());
-        }
-        ClaimEnd::Held
+        let claimed = claim(&self.device, patience, |pause| self.pause(pause));
+        claimed.unwrap_or_else(|error| {
+            error!("{}: it cannot be locked: {error}", self.device.name());
+            ClaimEnd::Failed
+        })
     }
 
-    fn release(&self) {
-        if let Err(error) = self.device.storage().release() {
-            error!(
-                "{}: what was written may not be stable: {error}",
-                self.device.name()
-            );
+    /// Waits, unless the control thread wants something else.
+    fn pause(&self, pause: Duration) -> ControlFlow<()> {
+        match self.errands.recv_timeout(pause) {
+            Err(RecvTimeoutError::Timeout) => ControlFlow::Continue(()),
+            // Whoever asks for the size need not have the storage.
+            Ok(Errand::Refresh) => {
+                self.tell(self.refresh());
+                ControlFlow::Continue(())
+            }
+            Err(RecvTimeoutError::Disconnected)
+            | Ok(Errand::Claim(_) | Errand::GiveUpClaim | Errand::Release | Errand::Sync) => {
+                ControlFlow::Break(())
+            }
         }
     }
 

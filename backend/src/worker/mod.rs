@@ -4,6 +4,7 @@
 //! control thread sends it [`Command`]s and receives [`Report`]s.
 
 mod attachment;
+mod claim;
 mod command;
 mod helper;
 pub mod hosted;

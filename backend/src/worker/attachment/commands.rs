@@ -78,10 +78,10 @@ impl Attachment {
         for local in 0..self.vrings.len() {
             if let Some(vring) = in_flight_vring(&mut self.vrings, local) {
                 vring.relog(log);
-                if !self.ready.contains(&local) {
-                    self.ready.push(local);
-                }
             }
+        }
+        for local in 0..self.vrings.len() {
+            self.make_ready(local);
         }
     }
 

@@ -3,17 +3,13 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
-
-use blockdev::Claim;
-use log::{error, warn};
 
 use crate::blk::BlkDevice;
-
-/// The time between two attempts.
-const PAUSE: Duration = Duration::from_millis(50);
+use crate::worker::ClaimEnd;
+use crate::worker::claim::{claim, release};
 
 /// The storage of a device, shared by its lanes.
 #[derive(Debug)]
@@ -53,41 +49,20 @@ impl Custody {
             stopped |= running.remove(&vring);
         }
         if stopped && running.is_empty() {
-            self.give_back();
+            release(&self.device);
         }
     }
 
     fn take(&self) -> io::Result<()> {
-        let (device, begun) = (&self.device, Instant::now());
-        let mut waited = false;
-        loop {
-            match device.storage().claim()? {
-                Claim::Held => return Ok(()),
-                Claim::Unguarded => {
-                    let name = device.name();
-                    warn!("{name}: its file system has no locks, nothing keeps others out");
-                    return Ok(());
-                }
-                Claim::Busy => {}
+        let sleeping = |pause| {
+            thread::sleep(pause);
+            ControlFlow::Continue(())
+        };
+        match claim(&self.device, self.device.lock_timeout(), sleeping)? {
+            ClaimEnd::Held => Ok(()),
+            ClaimEnd::TimedOut | ClaimEnd::Failed | ClaimEnd::GivenUp => {
+                Err(io::ErrorKind::TimedOut.into())
             }
-            if begun.elapsed() >= device.lock_timeout() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            if !std::mem::replace(&mut waited, true) {
-                let limit = device.lock_timeout().as_secs();
-                warn!(
-                    "{}: waiting for its lock, for {limit} s at most",
-                    device.name()
-                );
-            }
-            thread::sleep(PAUSE);
-        }
-    }
-
-    fn give_back(&self) {
-        if let Err(error) = self.device.storage().release() {
-            let name = self.device.name();
-            error!("{name}: what was written may not be stable: {error}");
         }
     }
 
