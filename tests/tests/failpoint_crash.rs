@@ -9,23 +9,10 @@ use std::time::{Duration, Instant};
 
 use vublk_tests::frontend::{
     DirtyLog, FrontEnd, GuestRam, InflightFile, Kind, LOG_ALL, Options, Outcome, PAGE, Program,
-    failpoints_binary,
+    STEPS, failpoints_binary,
 };
 use vublk_tests::guest::Scratch;
 
-/// Every step of a chain's life, in the order they come, as the daemon names them.
-const STEPS: [&str; 10] = [
-    "entered",
-    "landed",
-    "marked",
-    "element-written",
-    "element-marked",
-    "linked",
-    "index-published",
-    "index-marked",
-    "cleared",
-    "closed",
-];
 const VRINGS: u16 = 2;
 const RING: u16 = 64;
 /// Requests that a vring may have in flight: each has a place in memory and on the disk.

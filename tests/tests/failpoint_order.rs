@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use vublk_tests::frontend::{DirtyLog, FrontEnd, InflightFile, Options, Outcome, Served};
+use vublk_tests::frontend::{DirtyLog, FrontEnd, InflightFile, Options, Outcome, STEPS, Served};
 
 /// What a completion does, each at once as far as others can see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,24 +127,13 @@ fn only_marks_between_the_data_and_the_used_index_lose_nothing() {
     assert!(explore(&[Mark, Data, Used, Clear], false).1 > 0);
 }
 
-/// The names the daemon has for its steps, in the order they have to come.
-const STEPS: [&str; 9] = [
-    "landed",
-    "marked",
-    "element-written",
-    "element-marked",
-    "linked",
-    "index-published",
-    "index-marked",
-    "cleared",
-    "closed",
-];
-
 #[test]
 fn the_daemon_keeps_the_order() -> Outcome {
     let scenario = fail::FailScenario::setup();
     let trace = Arc::new(Mutex::new(Vec::new()));
-    for step in STEPS {
+    // A chain is entered when it is taken, long before it comes to its end.
+    let [_entered, completion @ ..] = STEPS;
+    for step in completion {
         let trace = trace.clone();
         fail::cfg_callback(step, move || {
             trace
@@ -163,7 +152,7 @@ fn the_daemon_keeps_the_order() -> Outcome {
     front_end.write(0, 0, &[1; 4096])?;
     served.stop()?;
     let trace = trace.lock().unwrap_or_else(PoisonError::into_inner);
-    let expected: Vec<&str> = STEPS.into_iter().chain(STEPS).collect();
+    let expected: Vec<&str> = completion.into_iter().chain(completion).collect();
     assert_eq!(*trace, expected);
     drop(scenario);
     Ok(())

@@ -13,6 +13,20 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::{Outcome, Peer};
 
+/// Every step of a chain's life, in the order they come, as the daemon's failpoints name them.
+pub const STEPS: [&str; 10] = [
+    "entered",
+    "landed",
+    "marked",
+    "element-written",
+    "element-marked",
+    "linked",
+    "index-published",
+    "index-marked",
+    "cleared",
+    "closed",
+];
+
 /// Names the daemon that was built with the feature `failpoints`.
 const FAILPOINTS_BIN: &str = "VUBLK_FAILPOINTS_BIN";
 

@@ -35,6 +35,24 @@ impl Default for Options {
     }
 }
 
+impl Options {
+    /// The device that is served.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    pub fn device(&self) -> Outcome<Arc<BlkDevice>> {
+        let storage = match &self.storage {
+            Some(storage) => storage.clone(),
+            None => open::memory(4 << 20, 512)?,
+        };
+        let blk = BlkOptions {
+            serial: "vublk-test".into(),
+            num_queues: 4,
+        };
+        Ok(Arc::new(BlkDevice::new(DeviceId(0), storage, &blk)?))
+    }
+}
+
 /// The daemon, serving a path of its own or a connected socket.
 #[derive(Debug)]
 pub struct Served {
@@ -80,15 +98,7 @@ impl Served {
     /// # Errors
     /// When it does not start.
     pub fn listen(listen: Listen, path: PathBuf, options: &Options) -> Outcome<Served> {
-        let storage = match &options.storage {
-            Some(storage) => storage.clone(),
-            None => open::memory(4 << 20, 512)?,
-        };
-        let blk = BlkOptions {
-            serial: "vublk-test".into(),
-            num_queues: 4,
-        };
-        let device = Arc::new(BlkDevice::new(DeviceId(0), storage, &blk)?);
+        let device = options.device()?;
         let config = WorkersConfig {
             workers: options.workers,
             cpus: Vec::new(),

@@ -6,14 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{Builder, JoinHandle};
 
-use blockdev::open;
 use vhost::vhost_user::Error as HandleError;
 use vhost::vhost_user::Listener;
 use vhost_user_backend::{Error, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
-use vublk::blk::{BlkDevice, BlkOptions};
 use vublk::hosted::{HostOptions, Hosted};
-use vublk::worker::DeviceId;
 
 use super::{Outcome, Peer, ServeOptions};
 
@@ -34,15 +31,7 @@ impl Stock {
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let name = format!("stock-{}-{count}.sock", std::process::id());
         let path = std::env::temp_dir().join(name);
-        let storage = match &options.storage {
-            Some(storage) => storage.clone(),
-            None => open::memory(4 << 20, 512)?,
-        };
-        let blk = BlkOptions {
-            serial: "vublk-test".into(),
-            num_queues: 4,
-        };
-        let device = Arc::new(BlkDevice::new(DeviceId(0), storage, &blk)?);
+        let device = options.device()?;
         let host = HostOptions {
             engine: options.engine,
             threads: options.workers,
