@@ -229,6 +229,11 @@ impl Guest<'_> {
             pages.extend(log.take()?);
         }
         lock(&self.migration.touched).extend(pages);
+        // The reader's passes since the old log left its list did not see what was still in it.
+        let pass = self.migration.passes.load(Ordering::Acquire) + 2;
+        for unchecked in &mut self.unchecked {
+            unchecked.pass = pass;
+        }
         for _ in 0..50 {
             self.submit()?;
             self.reap()?;
