@@ -7,6 +7,7 @@
 use std::fmt;
 use std::rc::Rc;
 
+use crate::kind::Kind;
 use crate::private::PrivateMemory;
 
 /// One worker's bounce buffers, recycled by size class.
@@ -24,6 +25,8 @@ pub(crate) struct BouncePool {
 struct Buffer {
     memory: Rc<PrivateMemory>,
     class: usize,
+    /// Where what a device reads into the buffer goes in the end.
+    landing: Option<Kind>,
 }
 
 impl BouncePool {
@@ -50,6 +53,7 @@ impl BouncePool {
 
     /// Gives the buffer `slot` back.
     pub(crate) fn give(&mut self, slot: u32) {
+        drop(self.take_landing(slot));
         let Some(class) = self.buffer(slot).map(|buffer| buffer.class) else {
             return;
         };
@@ -62,6 +66,22 @@ impl BouncePool {
     /// The memory of the buffer `slot`.
     pub(crate) fn memory(&self, slot: u32) -> Option<Rc<PrivateMemory>> {
         self.buffer(slot).map(|buffer| Rc::clone(&buffer.memory))
+    }
+
+    /// Notes where the contents of the buffer `slot` go in the end.
+    pub(crate) fn set_landing(&mut self, slot: u32, landing: Kind) {
+        if let Some(Some(buffer)) = self.buffers.get_mut(slot as usize) {
+            buffer.landing = Some(landing);
+        }
+    }
+
+    /// Where the contents of the buffer `slot` go, if they go anywhere; asked once.
+    pub(crate) fn take_landing(&mut self, slot: u32) -> Option<Kind> {
+        self.buffers
+            .get_mut(slot as usize)?
+            .as_mut()?
+            .landing
+            .take()
     }
 
     pub(crate) fn in_use(&self) -> usize {
@@ -91,7 +111,11 @@ impl BouncePool {
             }
         };
         self.allocated += size;
-        let buffer = Some(Buffer { memory, class });
+        let buffer = Some(Buffer {
+            memory,
+            class,
+            landing: None,
+        });
         if let Some(slot) = self.vacant.pop() {
             *self.buffers.get_mut(slot as usize)? = buffer;
             return Some(slot);

@@ -16,6 +16,8 @@ use crate::iov::IovIter;
 use crate::kind::Kind;
 use crate::memory::MemoryTable;
 use crate::pools::Recycled;
+use crate::private::PrivateMemory;
+use crate::segment::Segment;
 
 /// What a device needs of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,18 +90,39 @@ pub enum ExtractErrorKind {
 ///
 /// # Invariants
 /// Every vector lies in memory that `hold` keeps in place: the hold's table, its bounce buffer,
-/// or what it shares with another owner. The vectors stay at one address until
+/// or what it shares with another owner. If there are several, they stay at one address until
 /// [`advance`](Self::advance), also when this is moved.
 pub struct Held<D: Direction> {
     hold: Hold,
-    vectors: Recycled<libc::iovec>,
+    vectors: Vectors,
     /// Vectors done with.
     first: usize,
     left: usize,
     moved: usize,
-    /// Where a bounced read goes in the end.
-    landing: Option<Kind>,
     direction: PhantomData<D>,
+}
+
+/// One vector in place, as most requests need, or several on the heap.
+enum Vectors {
+    One(libc::iovec),
+    Many(Recycled<libc::iovec>),
+}
+
+impl Vectors {
+    #[inline]
+    fn as_slice(&self) -> &[libc::iovec] {
+        match self {
+            Self::One(one) => std::slice::from_ref(one),
+            Self::Many(many) => many,
+        }
+    }
+
+    fn get_mut(&mut self, index: usize) -> Option<&mut libc::iovec> {
+        match self {
+            Self::One(one) => (index == 0).then_some(one),
+            Self::Many(many) => many.get_mut(index),
+        }
+    }
 }
 
 impl<D: Direction> IovIter<D> {
@@ -122,7 +145,7 @@ impl<D: Direction> IovIter<D> {
         let extracted = match self.check(len, needs) {
             Err(kind) => Err((kind, hold)),
             Ok(()) => match self.in_place(&hold, len, needs) {
-                Ok(Some(vectors)) => Ok(self.hold_in_place(hold, vectors, len)),
+                Ok(Some(vectors)) => Ok(self.hold_in_place(hold, Vectors::Many(vectors), len)),
                 Ok(None) => self.bounced(hold, len),
                 Err(kind) => Err((kind, hold)),
             },
@@ -205,13 +228,13 @@ impl<D: Direction> IovIter<D> {
         Ok(())
     }
 
-    fn hold_in_place(&self, mut hold: Hold, vectors: Recycled<libc::iovec>, len: usize) -> Held<D> {
+    fn hold_in_place(&self, mut hold: Hold, vectors: Vectors, len: usize) -> Held<D> {
         hold.set_extra(match &self.kind {
             Kind::Guest(_) | Kind::Sink => Extra::Nothing,
             Kind::Lent { keeper, .. } => Extra::Lent(Rc::clone(keeper)),
             Kind::Private { memory, .. } => Extra::Private(Rc::clone(memory)),
         });
-        Held::new(hold, vectors, len, None)
+        Held::new(hold, vectors, len)
     }
 
     /// The same bytes in a bounce buffer, copied there if the device reads them.
@@ -230,8 +253,9 @@ impl<D: Direction> IovIter<D> {
             hold.set_extra(Extra::Nothing);
             return Err((ExtractErrorKind::NoBounce { len }, hold));
         };
-        let landing = if D::CHANGES_MEMORY {
-            Some(self.extracted_part(len, &pools))
+        if D::CHANGES_MEMORY {
+            let landing = self.extracted_part(len, &pools);
+            pools.bounce().set_landing(slot, landing);
         } else {
             let at = self.save();
             let copied = self.walk(&hold, len, |guest, done| copy_run(&guest, &buffer, done));
@@ -241,23 +265,40 @@ impl<D: Direction> IovIter<D> {
                 hold.set_extra(Extra::Nothing);
                 return Err((ExtractErrorKind::Faulted, hold));
             }
-            None
-        };
-        let mut vectors = Recycled::take(&pools, 1);
-        vectors.push(vector(&buffer));
-        Ok(Held::new(hold, vectors, len, landing))
+        }
+        let vectors = Vectors::One(vector(&buffer));
+        Ok(Held::new(hold, vectors, len))
     }
 }
 
 impl<D: Direction> Held<D> {
-    fn new(hold: Hold, vectors: Recycled<libc::iovec>, len: usize, landing: Option<Kind>) -> Self {
+    /// One segment of guest memory, as it is.
+    ///
+    /// # Errors
+    /// The hold, where [`IovIter::extract`] has to be asked: the memory is not as the device needs
+    /// it, or something is wrong with it.
+    #[inline]
+    pub fn in_place(hold: Hold, segment: &Segment, needs: &MemoryNeeds) -> Result<Self, Hold> {
+        let memory = match (needs.stability, hold.view().table().resolve(segment)) {
+            (Stability::AsIs, Some((memory, region))) if !region.poisoned() => vector(&memory),
+            _ => return Err(hold),
+        };
+        let (address, length) = (mask(needs.address_align), mask(needs.len_align));
+        let len = memory.iov_len;
+        if len == 0 || memory.iov_base.addr() & address != 0 || len & length != 0 {
+            return Err(hold);
+        }
+        Ok(Self::new(hold, Vectors::One(memory), len))
+    }
+
+    #[inline]
+    fn new(hold: Hold, vectors: Vectors, len: usize) -> Self {
         Self {
             hold,
             vectors,
             first: 0,
             left: len,
             moved: 0,
-            landing,
             direction: PhantomData,
         }
     }
@@ -276,11 +317,14 @@ impl<D: Direction> Held<D> {
 
     /// What is left, as vectors for the kernel; possibly more than the 1024 it takes at a time.
     ///
-    /// They are valid for as long as this lives, and stay at one address until
-    /// [`advance`](Self::advance).
+    /// What they point to is valid for as long as this lives. Several of them stay at one address
+    /// until [`advance`](Self::advance); a single one is to be copied.
     #[inline]
     pub fn vectors(&self) -> &[libc::iovec] {
-        self.vectors.get(self.first..).unwrap_or_default()
+        self.vectors
+            .as_slice()
+            .get(self.first..)
+            .unwrap_or_default()
     }
 
     /// Moves on by `n` bytes, or all that are left, after a short transfer.
@@ -343,29 +387,28 @@ impl Held<Dest> {
     ///
     /// Count from the start of the extracted part, `advance`d bytes included; zero if nothing
     /// arrived.
+    #[inline]
     pub fn land(self, n: usize) -> Hold {
         let Self {
-            hold,
-            landing,
-            left,
-            moved,
-            ..
+            hold, left, moved, ..
         } = self;
-        let Some(landing) = landing else { return hold };
-        let len = left + moved;
-        let Some(memory) = hold.bounce() else {
-            return hold;
-        };
-        let mut dest = IovIter::<Dest>::from_kind(landing, len);
-        dest.walk(&hold, n.min(len), |guest, done| {
-            let run = memory.slice(done, guest.len());
-            run.map_or(0, |run| {
-                run.copy_to_volatile_slice(guest);
-                run.len()
-            })
-        });
+        if let Some((memory, landing)) = hold.take_landing() {
+            land(&hold, &memory, landing, n, left + moved);
+        }
         hold
     }
+}
+
+/// Copies the first `n` of the `len` bytes in `memory` to where they belong.
+fn land(hold: &Hold, memory: &PrivateMemory, landing: Kind, n: usize, len: usize) {
+    let mut dest = IovIter::<Dest>::from_kind(landing, len);
+    dest.walk(hold, n.min(len), |guest, done| {
+        let run = memory.slice(done, guest.len());
+        run.map_or(0, |run| {
+            run.copy_to_volatile_slice(guest);
+            run.len()
+        })
+    });
 }
 
 impl<D: Direction> fmt::Debug for Held<D> {

@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use bitflags::bitflags;
 
+use crate::kind::Kind;
 use crate::private::PrivateMemory;
 use crate::view::View;
 
@@ -81,6 +82,19 @@ impl Hold {
     pub(crate) fn bounce(&self) -> Option<Rc<PrivateMemory>> {
         match &self.extra {
             Extra::Bounce(slot) => self.view.pools().bounce().memory(*slot),
+            Extra::Nothing | Extra::Private(_) | Extra::Lent(_) => None,
+        }
+    }
+
+    /// The bounce buffer's memory and where its contents go, if there is one and they do.
+    #[inline]
+    pub(crate) fn take_landing(&self) -> Option<(Rc<PrivateMemory>, Kind)> {
+        match &self.extra {
+            Extra::Bounce(slot) => {
+                let mut bounce = self.view.pools().bounce();
+                let landing = bounce.take_landing(*slot)?;
+                Some((bounce.memory(*slot)?, landing))
+            }
             Extra::Nothing | Extra::Private(_) | Extra::Lent(_) => None,
         }
     }

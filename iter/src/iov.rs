@@ -220,6 +220,12 @@ impl<D: Direction> IovIter<D> {
         Ok(())
     }
 
+    /// Comes back to the origin, and to the end.
+    pub fn rewind(&mut self) {
+        (self.consumed, self.index, self.skip) = (0, 0, 0);
+        self.count = self.total;
+    }
+
     /// Splits off everything after the next `n` bytes, what a truncation hid included: `self`
     /// ends there, and the rest begins a new iterator with its origin there.
     ///
@@ -266,6 +272,16 @@ impl<D: Direction> IovIter<D> {
     /// otherwise its owner does. Known before extraction and not changed by it.
     pub fn will_pin(&self) -> bool {
         self.kind.is_guest_memory()
+    }
+
+    /// An iterator over one or two segments of guest memory, none of them empty, as a walk found
+    /// them. Which table they are of is seen when the memory is touched.
+    #[inline]
+    pub fn from_segments(segments: &[Segment]) -> Self {
+        let total = segments
+            .iter()
+            .fold(0_usize, |sum, segment| sum.saturating_add(segment.size()));
+        Self::from_kind(Kind::Guest(List::of(segments)), total)
     }
 
     #[inline]

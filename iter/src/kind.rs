@@ -108,6 +108,16 @@ impl List {
         }
     }
 
+    /// A list of one or two.
+    #[inline]
+    pub(crate) fn of(segments: &[Segment]) -> Self {
+        let mut list = Self::new();
+        for segment in segments {
+            list.push_within(*segment);
+        }
+        list
+    }
+
     #[inline]
     pub(crate) fn push(&mut self, pools: &Rc<Pools>, segment: Segment) {
         if let Self::Few { items, len } = self {

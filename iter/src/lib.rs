@@ -33,7 +33,7 @@ mod query;
 mod segment;
 mod view;
 
-pub use chain::{BrokenChain, Chain, ChainFault, ChainLimits};
+pub use chain::{BrokenChain, Chain, ChainFault, ChainLimits, Data, Plain};
 pub use direction::{Dest, Direction, Source};
 pub use dirty::{DirtyLog, LOG_PAGE, SharedLog};
 pub use error::IterError;

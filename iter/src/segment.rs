@@ -5,6 +5,8 @@
     clippy::arithmetic_side_effects
 )]
 
+use vm_memory::{ByteValued, VolatileMemory};
+
 use crate::hold::Hold;
 
 /// A contiguous run of guest memory inside one region of a memory table.
@@ -33,9 +35,18 @@ impl Segment {
         len: 0,
     };
 
+    /// One copy of the value that the segment is as long as; nothing if it is not, if the memory
+    /// faulted, or if it is not of `hold`'s table.
+    #[inline]
+    pub fn load<T: ByteValued>(&self, hold: &Hold) -> Option<T> {
+        let (memory, region) = hold.view().table().resolve(self)?;
+        let value = memory.get_ref::<T>(0).ok()?.load();
+        (memory.len() == size_of::<T>() && !region.poisoned()).then_some(value)
+    }
+
     /// Bytes, as the iterators count them.
     #[inline]
-    pub(crate) fn size(&self) -> usize {
+    pub fn size(&self) -> usize {
         usize::try_from(self.len).unwrap_or(usize::MAX)
     }
 
@@ -72,8 +83,10 @@ impl StatusSlot {
     /// table, where the byte does not lie, nothing is written.
     #[inline]
     pub fn write(&self, hold: &Hold, byte: u8) {
-        if let Some(slice) = hold.view().table().slice(&self.byte) {
-            slice.copy_from(&[byte]);
+        if let Some(slice) = hold.view().table().slice(&self.byte)
+            && let Ok(place) = slice.get_ref::<u8>(0)
+        {
+            place.store(byte);
         }
     }
 

@@ -21,8 +21,9 @@ pub struct View {
     table: Arc<MemoryTable>,
     pools: Rc<Pools>,
     holds: Cell<usize>,
-    /// The region the last look-up found; the next one is likely in the same.
-    last_region: Cell<u32>,
+    /// The region that the last look-up found; the next one is likely in the same. Small structures
+    /// and large ones, headers and data, may well lie apart.
+    last_region: [Cell<u32>; 2],
 }
 
 impl View {
@@ -32,7 +33,7 @@ impl View {
             table,
             pools,
             holds: Cell::new(0),
-            last_region: Cell::new(0),
+            last_region: Default::default(),
         })
     }
 
@@ -59,10 +60,12 @@ impl View {
     }
 
     /// The first part of the guest range that lies in one region, of `len` bytes at most.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn segment(&self, guest: u64, len: u32) -> Option<Segment> {
-        let place = self.table.find(guest, self.last_region.get())?;
-        self.last_region.set(place.region);
+        let [small, large] = &self.last_region;
+        let last_region = if len < LARGE { small } else { large };
+        let place = self.table.find(guest, last_region.get())?;
+        last_region.set(place.region);
         let len = u32::try_from(place.left).unwrap_or(u32::MAX).min(len);
         Some(Segment {
             guest,
@@ -106,6 +109,9 @@ impl View {
         self.holds.set(self.holds.get().wrapping_sub(1));
     }
 }
+
+/// From this many bytes on, what is looked up counts as data.
+const LARGE: u32 = 512;
 
 /// A part of a guest range lies in no region.
 #[derive(Clone, Copy, Debug)]

@@ -7,12 +7,14 @@
 
 mod fault;
 mod indirect;
+mod plain;
 mod walk;
 
 use std::fmt;
 use std::rc::Rc;
 
 pub use fault::ChainFault;
+pub use plain::{Data, Plain};
 
 use self::walk::{Side, Walk};
 use crate::direction::{Dest, Source};

@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::ptr::NonNull;
 
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, MmapRegion, VolatileSlice};
@@ -38,19 +39,25 @@ pub struct RegionSpec {
 /// A mapped region of guest memory.
 ///
 /// # Invariants
-/// The mapping covers `lead + size` bytes and stays where it is until the region is dropped,
-/// which unmaps it; the file reached to its end when it was mapped.
+/// The mapping covers the `size` bytes from `start` on, and stays where it is until the region is
+/// dropped, which unmaps it; the file reached to its end when it was mapped.
 #[derive(Debug)]
 pub struct Region {
     guest_addr: u64,
     size: u64,
     front_end_addr: u64,
     mmap_offset: u64,
-    /// Bytes between the mapping's start, rounded down to a page of the file, and the region.
-    lead: usize,
     page_size: usize,
+    /// Where the region's first byte is mapped.
+    start: NonNull<u8>,
     mapping: Guarded,
 }
+
+// SAFETY: `start` points into `mapping`, which is itself `Send` and `Sync`, and is only ever used
+// for volatile or atomic accesses, from whatever thread.
+unsafe impl Send for Region {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Region {}
 
 impl Region {
     /// Maps what `spec` describes, in pages of the file's kind.
@@ -92,13 +99,14 @@ impl Region {
         let map_error = |source| MemoryError::Map { guest_addr, source };
         let mapping = map_shared(file, start, len).map_err(map_error)?;
         keep_private(&mapping).map_err(MemoryError::Advise)?;
+        let start = NonNull::new(mapping.as_ptr().wrapping_add(lead)).ok_or_else(too_large)?;
         let mapping = Guarded::new(mapping, page_size).map_err(MemoryError::Contain)?;
         Ok(Self {
+            start,
             guest_addr,
             size,
             front_end_addr,
             mmap_offset,
-            lead,
             page_size,
             mapping,
         })
@@ -142,8 +150,14 @@ impl Region {
         if end > self.size {
             return None;
         }
-        let start = usize::try_from(offset).ok()?.checked_add(self.lead)?;
-        self.mapping.get_slice(start, len).ok()
+        let start = self
+            .start
+            .as_ptr()
+            .wrapping_add(usize::try_from(offset).ok()?);
+        // SAFETY: the `len` bytes from there on lie inside the mapping, which covers `size` bytes
+        // from `self.start` on and stays in place while `self`, and so the result, is borrowed.
+        // Others write to it at any time, and nobody makes a plain reference to it.
+        Some(unsafe { VolatileSlice::new(start, len) })
     }
 }
 

@@ -187,10 +187,15 @@ impl MemoryTable {
     /// Where `guest` lies. `hint` is the region to try first.
     #[inline]
     pub(crate) fn find(&self, guest: u64, hint: u32) -> Option<Place> {
-        self.place_in(guest, hint).or_else(|| {
-            let after = self.spans.partition_point(|span| span.start <= guest);
-            self.place_in(guest, u32::try_from(after.checked_sub(1)?).ok()?)
-        })
+        match self.place_in(guest, hint) {
+            Some(place) => Some(place),
+            None => self.search(guest),
+        }
+    }
+
+    fn search(&self, guest: u64) -> Option<Place> {
+        let after = self.spans.partition_point(|span| span.start <= guest);
+        self.place_in(guest, u32::try_from(after.checked_sub(1)?).ok()?)
     }
 
     #[inline]

@@ -3,7 +3,7 @@
 //! The oracle reads guest memory through the files, a byte range at a time, follows the chain
 //! first and judges it afterwards.
 
-use iov_iter::{Area, Chain, ChainFault, ChainLimits};
+use iov_iter::{Area, Chain, ChainFault, ChainLimits, Dest, IovIter, Plain, Source};
 use proptest::prelude::*;
 
 use crate::guest::{Desc, Guest, INDIRECT, NEXT, WRITE};
@@ -327,13 +327,30 @@ impl Oracle<'_> {
     }
 }
 
+/// The general walk, which finds the same as the short one where that finds anything.
 fn walk(guest: &Guest, ring: &Area, head: u16) -> Found {
+    let found = walk_lists(guest, ring, head);
+    if let Some((plain, hold)) = Plain::walk(&guest.view, ring, SIZE, head, &LIMITS) {
+        assert_eq!((plain.head, guest.view.holds()), (head, 1));
+        let (source, dest) = plain.into_iters();
+        assert_eq!(whole(&source, &dest), found);
+        drop(hold);
+    }
+    found
+}
+
+fn whole(source: &IovIter<Source>, dest: &IovIter<Dest>) -> Found {
+    Found::Whole {
+        source: source.segments().map(|s| (s.guest, s.len)).collect(),
+        dest: dest.segments().map(|s| (s.guest, s.len)).collect(),
+    }
+}
+
+fn walk_lists(guest: &Guest, ring: &Area, head: u16) -> Found {
     match Chain::walk(&guest.view, ring, SIZE, head, &LIMITS) {
         Ok(chain) => {
             let (source, dest, _hold) = chain.split();
-            let source = source.segments().map(|s| (s.guest, s.len)).collect();
-            let dest = dest.segments().map(|s| (s.guest, s.len)).collect();
-            Found::Whole { source, dest }
+            whole(&source, &dest)
         }
         Err(broken) => {
             let status = broken.status.map(|status| status.guest());
