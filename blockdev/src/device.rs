@@ -6,6 +6,7 @@ use std::os::fd::BorrowedFd;
 
 use iov_iter::MemoryNeeds;
 
+use crate::completion::IoError;
 use crate::geometry::Geometry;
 use crate::op::{Op, Tag};
 use crate::open::OpenError;
@@ -86,6 +87,12 @@ pub trait Channel {
     /// Nothing reaches the kernel before [`Ring::submit`]. The tag must be free; ops of one batch
     /// may complete in any order, and overlapping ones may take effect in any order.
     fn prep(&mut self, ring: &mut Ring, tag: Tag, op: Op);
+
+    /// Does an op at once: the bytes that moved, and how it ended. `None`, without having done
+    /// anything, from devices whose ops take time: those go to [`prep`](Self::prep).
+    fn now(&mut self, _op: &Op) -> Option<(u32, Result<(), IoError>)> {
+        None
+    }
 
     /// Takes an op back. Its completion still comes: with [`crate::IoError::Aborted`] and without
     /// effect on the device, or as it was, if that was too late. Devices with

@@ -80,13 +80,7 @@ struct MemoryChannel {
 
 impl Channel for MemoryChannel {
     fn prep(&mut self, ring: &mut Ring, tag: Tag, op: Op) {
-        let result = op
-            .check(&self.geometry)
-            .and_then(|()| perform(&self.store, &op));
-        let (moved, outcome) = match result {
-            Ok(moved) => (moved, Ok(())),
-            Err(error) => (0, Err(error)),
-        };
+        let (moved, outcome) = self.perform(&op);
         ring.complete(Completion {
             tag,
             op,
@@ -95,11 +89,27 @@ impl Channel for MemoryChannel {
         });
     }
 
+    fn now(&mut self, op: &Op) -> Option<(u32, Result<(), IoError>)> {
+        Some(self.perform(op))
+    }
+
     fn event(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 
     fn collect(&mut self, _ring: &mut Ring) {}
+}
+
+impl MemoryChannel {
+    fn perform(&self, op: &Op) -> (u32, Result<(), IoError>) {
+        let result = op
+            .check(&self.geometry)
+            .and_then(|()| perform(&self.store, op));
+        match result {
+            Ok(moved) => (moved, Ok(())),
+            Err(error) => (0, Err(error)),
+        }
+    }
 }
 
 /// Does an op on a store; gives the bytes that moved.

@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 
 use iov_iter::MemoryNeeds;
 
-use crate::completion::Completion;
+use crate::completion::{Completion, IoError};
 use crate::device::{
     Abort, BlockDevice, Caching, Capabilities, Channel, DiscardLimits, MayUnmap, WriteZeroesLimits,
 };
@@ -71,9 +71,7 @@ struct NullChannel {
 
 impl Channel for NullChannel {
     fn prep(&mut self, ring: &mut Ring, tag: Tag, op: Op) {
-        let outcome = op.check(&self.geometry);
-        let moved = if outcome.is_ok() { op.payload() } else { 0 };
-        let moved = u32::try_from(moved).unwrap_or(u32::MAX);
+        let (moved, outcome) = self.perform(&op);
         ring.complete(Completion {
             tag,
             op,
@@ -82,11 +80,23 @@ impl Channel for NullChannel {
         });
     }
 
+    fn now(&mut self, op: &Op) -> Option<(u32, Result<(), IoError>)> {
+        Some(self.perform(op))
+    }
+
     fn event(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 
     fn collect(&mut self, _ring: &mut Ring) {}
+}
+
+impl NullChannel {
+    fn perform(&self, op: &Op) -> (u32, Result<(), IoError>) {
+        let outcome = op.check(&self.geometry);
+        let moved = if outcome.is_ok() { op.payload() } else { 0 };
+        (u32::try_from(moved).unwrap_or(u32::MAX), outcome)
+    }
 }
 
 /// The geometry of a device that is nothing but a size.

@@ -239,6 +239,18 @@ impl Ring {
         self.slots.len() + self.done.len()
     }
 
+    /// Whether memory shows that a turn of [`Self::submit`] and [`Self::reap`] brings something.
+    /// What only a system call can tell is not seen here: all that the threads engine watches.
+    #[inline]
+    pub fn has_news(&mut self) -> bool {
+        let kernel = match &mut self.core {
+            Core::Uring(uring) => uring.has_news(),
+            Core::Threads(poller) => poller.is_ready(),
+        };
+        let helped = || self.helpers.as_ref().is_some_and(Helpers::has_answers);
+        kernel || !self.done.is_empty() || !self.answers.is_empty() || helped()
+    }
+
     /// Hands the batch to the kernel, and waits for an event if `wait` says so and nothing is ready
     /// to reap. It is one system call at most unless the batch is longer than the kernel's queue,
     /// and none when there is nothing to submit and nothing to wait for (the threads engine asks

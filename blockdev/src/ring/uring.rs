@@ -158,6 +158,12 @@ impl Uring {
         !self.spilled.is_empty() || !self.ring.completion().is_empty()
     }
 
+    /// Whether there is a completion, or the kernel asks to be entered for one.
+    #[inline]
+    pub(super) fn has_news(&mut self) -> bool {
+        self.is_ready() || self.ring.submission().taskrun()
+    }
+
     /// Hands everything queued to the kernel, and waits for one completion if `wait` says so and
     /// none is there. May come back without one after a signal.
     pub(super) fn submit(&mut self, wait: bool) -> io::Result<()> {
