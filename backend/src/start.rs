@@ -89,6 +89,7 @@ impl Start {
             workers: workers.min(MAX_WORKERS),
             cpus: args.cpus.clone().map_or(Vec::new(), |list| list.0),
             engine: engine(args.engine),
+            poll: args.poll.into(),
         };
         let (listen, advice) = match inherited {
             Some(socket) => (Listen::Fd(socket), None),

@@ -21,8 +21,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vublk::blk::{BlkDevice, BlkOptions};
 use vublk::vring::Addresses;
 use vublk::worker::{
-    Command, DeviceId, Enablement, Report, StopMode, TableEpoch, VringId, VringSetup, Workers,
-    WorkersConfig,
+    Command, DeviceId, Enablement, PollMode, Report, StopMode, TableEpoch, VringId, VringSetup,
+    Workers, WorkersConfig,
 };
 use vublk_tests::frontend::{
     DESC_INDIRECT, DESC_NEXT, Descriptor, DriverRing, GuestRam, Kind, Outcome,
@@ -149,6 +149,7 @@ impl Bench {
             workers: 1,
             cpus: Vec::new(),
             engine,
+            poll: PollMode::default(),
         };
         let workers = Workers::spawn(&config, &[device])?;
         let ram = Rc::new(GuestRam::new(RAM)?);

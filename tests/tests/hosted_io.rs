@@ -38,6 +38,7 @@ fn stock(engine: Engine, workers: usize, storage: Option<Arc<dyn BlockDevice>>) 
         storage,
         workers,
         engine,
+        ..ServeOptions::default()
     })
 }
 

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use blockdev::fault::{FaultHandle, FaultPlan};
 use blockdev::{Engine, open};
 use iov_iter::MemoryNeeds;
+use vublk::worker::PollMode;
 use vublk_tests::frontend::{
     Descriptor, DirtyLog, FrontEnd, GuestRam, InflightFile, Kind, LOG_ALL, Layout, Options,
     Outcome, PAGE, Peer, ServeOptions, Served, code, region_payload,
@@ -107,6 +108,7 @@ impl Run {
             } else {
                 Engine::Threads
             },
+            poll: [PollMode::Always, PollMode::Adaptive, PollMode::Never][random.usize(0..3)],
         })?;
         let features = if random.bool() { EVENT_IDX } else { 0 };
         let options = Options {

@@ -272,6 +272,7 @@ fn migrate(plan: FaultPlan, engine: Engine, seed: u64) -> Outcome {
         storage: Some(storage),
         workers: 2,
         engine,
+        ..ServeOptions::default()
     })?;
     let options = Options {
         vrings: VRINGS,

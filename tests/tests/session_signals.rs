@@ -11,7 +11,7 @@ use std::thread;
 use blockdev::{Engine, open};
 use vublk::blk::{BlkDevice, BlkOptions};
 use vublk::control::{Control, Listen, Signals};
-use vublk::worker::{DeviceId, Workers, WorkersConfig};
+use vublk::worker::{DeviceId, PollMode, Workers, WorkersConfig};
 use vublk_tests::frontend::{FrontEnd, Options, Outcome, Peer};
 
 #[test]
@@ -32,6 +32,7 @@ fn signals_report_and_then_end_the_daemon() -> Outcome {
             workers: 1,
             cpus: Vec::new(),
             engine: Engine::IoUring,
+            poll: PollMode::default(),
         };
         let workers = Workers::spawn(&config, std::slice::from_ref(&device))?;
         let control = Control::new(vec![(listen, device)], workers, Some(signals), None)?;

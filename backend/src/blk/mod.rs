@@ -7,6 +7,7 @@ mod features;
 mod profile;
 mod ranges;
 mod request;
+mod room;
 #[cfg(test)]
 mod tests;
 

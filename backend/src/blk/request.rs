@@ -7,7 +7,7 @@
 )]
 
 use blockdev::{Access, Caching, Durability, Extent, IoError, Sector};
-use iov_iter::{Cursor, Dest, DirtyLog, Hold, IovIter, Source, StatusSlot};
+use iov_iter::{Data, Dest, DirtyLog, Hold, IovIter, Plain, Source, StatusSlot};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
     VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
@@ -15,6 +15,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::features::bit;
+use super::room::Room;
 use super::{Profile, Range, SERIAL_BYTES, WriteCache, ranges};
 use crate::failpoint::{reached, skips};
 use crate::limits::MAX_REQUEST_BYTES;
@@ -74,7 +75,7 @@ pub struct Header {
 }
 
 /// What a request turned out to be once it was found to be allowed.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Admitted {
     /// Read the extent.
     Read(Extent),
@@ -117,8 +118,7 @@ pub fn refuse(slot: &StatusSlot, hold: &Hold, status: Status, log: Option<&dyn D
 #[must_use = "a request is owed an answer"]
 pub struct Request {
     head: u16,
-    dest: IovIter<Dest>,
-    payload: Cursor,
+    room: Room,
     status: StatusSlot,
     writable: u32,
     owed: Owed,
@@ -147,11 +147,9 @@ impl Request {
                 hold,
             });
         }
-        let payload = dest.save();
         let request = Request {
             head,
-            dest,
-            payload,
+            room: Room::lists(dest),
             status,
             writable,
             owed: Owed::new(),
@@ -159,15 +157,31 @@ impl Request {
         Ok((request, Header::parse(u128::from_le_bytes(raw)), hold))
     }
 
+    /// As [`parse`](Self::parse), for a chain of the common shape whose header was read already.
+    #[inline]
+    pub fn plain(plain: &Plain) -> Request {
+        let (room, len) = match plain.data {
+            Data::From(_) => (None, 0),
+            Data::Into(segment) => (Some(segment), segment.len),
+        };
+        Request {
+            head: plain.head,
+            room: Room::plain(room),
+            status: plain.status,
+            writable: len.saturating_add(STATUS_BYTES),
+            owed: Owed::new(),
+        }
+    }
+
     /// The bytes of guest memory it may write, the status byte left out.
     pub fn dest(&mut self) -> &mut IovIter<Dest> {
-        &mut self.dest
+        self.room.iter()
     }
 
     /// Answers with the serial, as much of it as there is room for.
     /// Returns how many bytes were written.
     pub fn identify(&mut self, hold: &Hold, serial: &[u8; SERIAL_BYTES]) -> usize {
-        self.dest.copy_to(hold, serial)
+        self.dest().copy_to(hold, serial)
     }
 
     /// Ends the request with a status.
@@ -179,6 +193,7 @@ impl Request {
     ///
     /// With a `log`, everything that was written is marked in it: all of the memory, since the
     /// device may have written to what it says it did not reach, and the status.
+    #[inline(always)]
     pub fn finish(
         self,
         hold: Hold,
@@ -188,8 +203,7 @@ impl Request {
     ) -> Used {
         let Request {
             head,
-            mut dest,
-            payload,
+            mut room,
             status: slot,
             writable,
             owed,
@@ -198,21 +212,15 @@ impl Request {
         if writable > MAX_REQUEST_BYTES + STATUS_BYTES {
             refuse(&slot, &hold, status, log);
             if let Some(log) = log.filter(|_| moved > 0) {
-                mark(&dest, &slot, log);
+                mark(&room, &slot, log);
             }
             return Used { head, len: 0 };
         }
-        if dest.restore(payload).is_ok() {
-            dest.advance(moved);
-            let rest = dest.count();
-            if rest > 0 {
-                dest.zero(&hold, rest);
-            }
-        }
+        room.zero_after(moved, &hold);
         slot.write(&hold, status.byte());
         reached("landed");
         if let Some(log) = log {
-            mark(&dest, &slot, log);
+            mark(&room, &slot, log);
         }
         reached("marked");
         drop(hold);
@@ -226,11 +234,11 @@ impl Request {
     /// device may have written is marked in the `log` all the same, if there is one.
     pub fn abandon(self, hold: Hold, log: Option<&dyn DirtyLog>) {
         let Request {
-            dest, status, owed, ..
+            room, status, owed, ..
         } = self;
         owed.settle();
         if let Some(log) = log {
-            mark(&dest, &status, log);
+            mark(&room, &status, log);
         }
         drop(hold);
     }
@@ -238,19 +246,23 @@ impl Request {
 
 /// Marks all that a request may have written. The addresses are those the chain was walked with:
 /// the driver may have changed its descriptors since.
-fn mark(dest: &IovIter<Dest>, slot: &StatusSlot, log: &dyn DirtyLog) {
+fn mark(room: &Room, slot: &StatusSlot, log: &dyn DirtyLog) {
     if skips("skip-marks") {
         return;
     }
-    if dest.must_log() {
-        for segment in dest.segments() {
-            log.mark(segment.guest, segment.len.into());
-        }
-    }
+    room.mark(log);
     log.mark(slot.guest(), STATUS_BYTES.into());
 }
 
 impl Header {
+    /// The header of a chain of the common shape, copied out of guest memory; nothing if it has
+    /// another length, or if the memory is gone.
+    #[inline]
+    pub fn of(plain: &Plain, hold: &Hold) -> Option<Header> {
+        let raw = plain.header.load::<u128>(hold)?;
+        Some(Header::parse(u128::from_le(raw)))
+    }
+
     /// `raw` is a little-endian structure: type (32 bits), reserved (32), sector (64).
     fn parse(raw: u128) -> Header {
         let kind = u32::try_from(raw & u128::from(u32::MAX)).unwrap_or(u32::MAX);
@@ -276,10 +288,7 @@ impl Header {
         driver: Driver,
         ranges: &mut Vec<Range>,
     ) -> Result<Admitted, Status> {
-        let durability = match (driver.cache, profile.caching) {
-            (WriteCache::Writethrough, Caching::Volatile) => Durability::Durable,
-            (WriteCache::Writeback, _) | (_, Caching::None) => Durability::Cached,
-        };
+        let durability = durability(profile, driver);
         let ranged = |op: RangeOp, feature: u32, source: &mut IovIter<Source>, ranges: &mut _| {
             if driver.features & bit(feature) == 0 {
                 return Err(Status::Unsupp);
@@ -289,14 +298,8 @@ impl Header {
             Ok(Admitted::Ranges(op, durability))
         };
         match self.kind {
-            Kind::In => Ok(self
-                .transfer(dest_len, profile)?
-                .map_or(Admitted::Nothing, Admitted::Read)),
-            Kind::Out => {
-                writable(profile)?;
-                let extent = self.transfer(source.count(), profile)?;
-                Ok(extent.map_or(Admitted::Nothing, |at| Admitted::Write(at, durability)))
-            }
+            Kind::In => self.admit_read(dest_len, profile),
+            Kind::Out => self.admit_write(source.count(), profile, driver),
             Kind::Flush => match profile.caching {
                 Caching::Volatile => Ok(Admitted::Flush),
                 Caching::None => Ok(Admitted::Nothing),
@@ -311,6 +314,33 @@ impl Header {
             ),
             Kind::Unsupported(_) => Err(Status::Unsupp),
         }
+    }
+
+    /// As [`admit`](Self::admit), for an IN of `len` bytes.
+    ///
+    /// # Errors
+    /// As `admit`.
+    #[inline]
+    pub fn admit_read(&self, len: usize, profile: &Profile) -> Result<Admitted, Status> {
+        let extent = self.transfer(len, profile)?;
+        Ok(extent.map_or(Admitted::Nothing, Admitted::Read))
+    }
+
+    /// As [`admit`](Self::admit), for an OUT of `len` bytes.
+    ///
+    /// # Errors
+    /// As `admit`.
+    #[inline]
+    pub fn admit_write(
+        &self,
+        len: usize,
+        profile: &Profile,
+        driver: Driver,
+    ) -> Result<Admitted, Status> {
+        writable(profile)?;
+        let extent = self.transfer(len, profile)?;
+        let durability = durability(profile, driver);
+        Ok(extent.map_or(Admitted::Nothing, |at| Admitted::Write(at, durability)))
     }
 
     /// The extent of a transfer; none for one of no bytes that is otherwise in order.
@@ -374,6 +404,15 @@ impl From<u32> for Kind {
             VIRTIO_BLK_T_WRITE_ZEROES => Kind::WriteZeroes,
             other => Kind::Unsupported(other),
         }
+    }
+}
+
+/// When a change of this driver's counts as done.
+#[inline]
+fn durability(profile: &Profile, driver: Driver) -> Durability {
+    match (driver.cache, profile.caching) {
+        (WriteCache::Writethrough, Caching::Volatile) => Durability::Durable,
+        (WriteCache::Writeback, _) | (_, Caching::None) => Durability::Cached,
     }
 }
 

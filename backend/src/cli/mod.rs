@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Parser, ValueEnum};
 
 use crate::blk::{DEFAULT_LOCK_TIMEOUT, SERIAL_BYTES};
+use crate::worker::PollMode;
 use values::{cpu_list, serial, size};
 
 pub use values::{CpuList, Size};
@@ -95,6 +96,10 @@ pub struct Args {
     #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_DRAIN_TIMEOUT)]
     pub drain_timeout: u64,
 
+    /// How workers wait for work
+    #[arg(long, value_name = "MODE", default_value = "adaptive")]
+    pub poll: PollName,
+
     /// How I/O is done [default: io_uring, threads on hosts without it]
     #[arg(long, value_name = "ENGINE")]
     pub engine: Option<EngineName>,
@@ -109,6 +114,17 @@ pub enum Switch {
     Off,
 }
 
+/// The ways to wait by their names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PollName {
+    /// Never sleep while a guest is attached: least latency, a whole CPU for each worker.
+    Always,
+    /// Look again while that has paid of late, and sleep when idle.
+    Adaptive,
+    /// Sleep as soon as there is nothing to do: least CPU.
+    Never,
+}
+
 /// The engines by their names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum EngineName {
@@ -117,6 +133,16 @@ pub enum EngineName {
     IoUring,
     /// A pool of threads with preadv2 and pwritev2.
     Threads,
+}
+
+impl From<PollName> for PollMode {
+    fn from(name: PollName) -> PollMode {
+        match name {
+            PollName::Always => PollMode::Always,
+            PollName::Adaptive => PollMode::Adaptive,
+            PollName::Never => PollMode::Never,
+        }
+    }
 }
 
 const _: () = assert!(SERIAL_BYTES == 20, "the help of --serial says so");
@@ -159,6 +185,7 @@ mod tests {
             &["vublk", "--block-size=1000"],
             &["vublk", "--direct=maybe"],
             &["vublk", "--engine=aio"],
+            &["vublk", "--poll=sometimes"],
             &["vublk", "--serial=123456789012345678901"],
             &["vublk", "/dev/sda"],
         ] {

@@ -94,6 +94,8 @@ pub struct Split {
     /// The used index when the driver was last told; none right after the start, when nothing is
     /// known of what it was told before.
     told: Option<u16>,
+    /// Whether the driver was asked for a kick since it was last asked for none.
+    armed: bool,
     /// Where writes to the used ring are logged, if they are.
     log: Option<UsedLog>,
 }
@@ -118,6 +120,7 @@ impl Split {
             next_used: used,
             published: used,
             told: None,
+            armed: true,
             log: None,
         }
     }
@@ -173,6 +176,13 @@ impl Split {
     pub fn refresh(&mut self) -> Result<u16, AvailBroken> {
         let index = self.avail(INDEX).load(Ordering::Acquire);
         self.saw(index)
+    }
+
+    /// Whether the driver has made chains available that were not popped.
+    #[inline]
+    #[must_use]
+    pub fn has_chains(&self) -> bool {
+        self.avail(INDEX).load(Ordering::Relaxed) != self.next_avail
     }
 
     /// Takes the next chain that [`refresh`](Self::refresh) saw.
@@ -234,10 +244,19 @@ impl Split {
         }
     }
 
-    /// Asks the driver not to kick while the ring is being served. With event indices there is
+    /// Whether a driver that makes a chain available now kicks.
+    #[must_use]
+    pub fn is_armed(&self) -> bool {
+        self.armed
+    }
+
+    /// Asks the driver not to kick while the ring is being looked at. With event indices there is
     /// nothing to do: a kick is wanted only for the index that was asked for.
     #[inline]
     pub fn suppress_kicks(&mut self) {
+        if !std::mem::replace(&mut self.armed, false) {
+            return;
+        }
         match self.suppression {
             Suppression::EventIdx => {}
             Suppression::Flags => {
@@ -259,6 +278,7 @@ impl Split {
             Suppression::Flags => (FLAGS, 0),
         };
         let index = arm(self.used(ask_at), ask, self.avail(INDEX));
+        self.armed = true;
         self.mark(ask_at, 2);
         self.saw(index)
     }

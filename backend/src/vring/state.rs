@@ -226,6 +226,13 @@ impl Started {
         Ok(())
     }
 
+    /// Whether the driver has made chains available that were not taken.
+    #[inline]
+    #[must_use]
+    pub fn has_chains(&self) -> bool {
+        self.layout.has_chains()
+    }
+
     /// Takes the next chain; it is in flight until [`settle`](Self::settle).
     ///
     /// # Errors
@@ -445,9 +452,10 @@ impl Started {
         else {
             return;
         };
-        // An empty counter is the usual case and an error for a non-blocking read.
-        let was_set = take(kick).is_ok();
-        let waiting = self.layout.refresh().is_ok_and(|waiting| waiting > 0);
+        // An empty counter is the usual case and an error for a non-blocking read. A driver that
+        // was asked for no kick made none.
+        let was_set = take(kick).is_ok() || !self.layout.is_armed();
+        let waiting = self.layout.arm_kick().is_ok_and(|waiting| waiting > 0);
         if was_set && waiting && signal(kick).is_err() {
             warn!("a kick could not be handed back; the next owner scans the ring");
         }

@@ -40,6 +40,15 @@ enum Vring {
     Draining(Draining),
 }
 
+/// What a look at the vrings brought.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Served {
+    /// Chains that were taken.
+    pub(super) chains: usize,
+    /// Whether a vring had its turn and has more.
+    pub(super) is_more: bool,
+}
+
 /// Which of the workers this is, and how many share the device: vring `i` belongs to worker
 /// `i % of`.
 #[derive(Clone, Copy, Debug)]
@@ -54,8 +63,8 @@ pub(super) struct Attachment {
     share: Share,
     place: usize,
     vrings: Vec<Vring>,
-    /// Vrings that may have chains to pop.
-    ready: Vec<usize>,
+    /// Vrings that are looked at without a kick: until they are armed again, none is asked for.
+    awake: Vec<usize>,
     draining: usize,
     epoch: TableEpoch,
     /// Views of older tables that requests still hold, oldest first.
@@ -83,7 +92,7 @@ impl Attachment {
             share,
             place,
             vrings: Vec::new(),
-            ready: Vec::new(),
+            awake: Vec::new(),
             draining: 0,
             epoch: TableEpoch::default(),
             retired: VecDeque::new(),
@@ -93,16 +102,29 @@ impl Attachment {
         }
     }
 
-    /// Whether there is something to do that nobody will tell us of.
-    pub(super) fn has_work(&self) -> bool {
-        !self.ready.is_empty() && self.path.parked.is_empty()
-    }
-
     /// Whether every vring is stopped.
     pub(super) fn is_stopped(&self) -> bool {
         self.vrings
             .iter()
             .all(|vring| matches!(vring, Vring::Stopped(_)))
+    }
+
+    /// Whether a vring may have chains to pop.
+    #[inline]
+    pub(super) fn is_served(&self) -> bool {
+        self.vrings
+            .iter()
+            .any(|vring| matches!(vring, Vring::Started(vring) if vring.may_pop()))
+    }
+
+    /// Whether a vring that is looked at has chains.
+    #[inline]
+    pub(super) fn has_news(&self) -> bool {
+        let has_chains = |local: &usize| match self.vrings.get(*local) {
+            Some(Vring::Started(vring)) => vring.has_chains(),
+            Some(Vring::Stopped(_) | Vring::Draining(_)) | None => false,
+        };
+        self.awake.iter().any(has_chains)
     }
 
     /// Moves what the channel's threads finished into the ring.
@@ -113,35 +135,35 @@ impl Attachment {
     /// A vring was kicked.
     pub(super) fn kicked(&mut self, local: usize) {
         self.path.counters.kicks.add(1);
-        self.make_ready(local);
+        self.wake(local);
     }
 
-    fn make_ready(&mut self, local: usize) {
-        if !self.ready.contains(&local) {
-            self.ready.push(local);
+    fn wake(&mut self, local: usize) {
+        if !self.awake.contains(&local) {
+            self.awake.push(local);
         }
     }
 
-    /// Pops and starts what the vrings have, each [`CHAINS_PER_TURN`] at the most.
-    pub(super) fn serve(&mut self, lent: &mut Lent<'_>) {
+    /// Pops and starts what the vrings that are awake have, each [`CHAINS_PER_TURN`] at the most.
+    pub(super) fn serve(&mut self, served: &mut Served, lent: &mut Lent<'_>) {
         while let Some((local, used)) = self.path.retry_parked(lent) {
+            served.chains += 1;
             if let (Some(used), Some(vring)) = (used, in_flight_vring(&mut self.vrings, local)) {
                 self.path.settle(vring, local, Some(used));
             }
         }
         let mut at = 0;
-        while let Some(&local) = self.ready.get(at).filter(|_| self.path.parked.is_empty()) {
-            if self.serve_one(local, lent) {
+        while let Some(&local) = self.awake.get(at).filter(|_| self.path.parked.is_empty()) {
+            if self.serve_one(local, served, lent) {
                 at += 1;
             } else {
-                self.ready.swap_remove(at);
+                self.awake.swap_remove(at);
             }
         }
     }
 
-    /// Serves one vring; says whether it has to be served again without a kick.
-    fn serve_one(&mut self, local: usize, lent: &mut Lent<'_>) -> bool {
-        let id = self.id(local);
+    /// Serves one vring; says whether it goes on being looked at.
+    fn serve_one(&mut self, local: usize, served: &mut Served, lent: &mut Lent<'_>) -> bool {
         let Some(Vring::Started(vring)) = self.vrings.get_mut(local) else {
             return false;
         };
@@ -149,16 +171,14 @@ impl Attachment {
             return false;
         }
         vring.suppress_kicks();
-        let mut broken = None;
-        for _ in 0..CHAINS_PER_TURN {
+        let mut taken = 0;
+        while taken < CHAINS_PER_TURN {
             match vring.pop() {
                 Ok(Some(head)) => self.path.start(vring, local, head, lent),
                 Ok(None) => break,
-                Err(error) => {
-                    broken = Some(error);
-                    break;
-                }
+                Err(error) => return self.broke_down(local, &error, lent),
             }
+            taken += 1;
             if !self.path.parked.is_empty() || !vring.is_sound() {
                 break;
             }
@@ -172,20 +192,55 @@ impl Attachment {
                 self.faults = faults;
             }
         }
-        let waiting = match broken {
-            Some(error) => Err(error),
-            None if vring.is_sound() => vring.arm_kick().map_err(RingBroken::from),
-            None => Ok(0),
-        };
-        if let Err(error) = waiting {
-            vring.break_down();
-            self.path.complain(id, &error);
-        }
+        served.chains += taken;
+        served.is_more |= taken == CHAINS_PER_TURN;
         if !vring.is_sound() {
-            lent.reports.push(Report::Broken(id));
+            lent.reports.push(Report::Broken(self.id(local)));
             return false;
         }
-        vring.is_polled() || vring.has_again() || waiting.is_ok_and(|waiting| waiting > 0)
+        true
+    }
+
+    /// Asks for kicks wherever none was wanted while the vrings were looked at; whether there is
+    /// something to do all the same. What is parked waits for the storage, and its vrings with it.
+    pub(super) fn arm(&mut self, lent: &mut Lent<'_>) -> bool {
+        if !self.path.parked.is_empty() {
+            return false;
+        }
+        let mut at = 0;
+        while let Some(&local) = self.awake.get(at) {
+            if self.arm_one(local, lent) {
+                at += 1;
+            } else {
+                self.awake.swap_remove(at);
+            }
+        }
+        !self.awake.is_empty()
+    }
+
+    /// Asks for one vring's kicks; says whether it has to be looked at without one.
+    fn arm_one(&mut self, local: usize, lent: &mut Lent<'_>) -> bool {
+        let Some(Vring::Started(vring)) = self.vrings.get_mut(local) else {
+            return false;
+        };
+        if !vring.may_pop() {
+            return false;
+        }
+        match vring.arm_kick() {
+            Ok(waiting) => vring.is_polled() || vring.has_again() || waiting > 0,
+            Err(error) => self.broke_down(local, &RingBroken::from(error), lent),
+        }
+    }
+
+    /// A vring cannot go on, and nothing of it is looked at any more.
+    fn broke_down(&mut self, local: usize, error: &RingBroken, lent: &mut Lent<'_>) -> bool {
+        let id = self.id(local);
+        if let Some(vring) = in_flight_vring(&mut self.vrings, local) {
+            vring.break_down();
+        }
+        self.path.complain(id, error);
+        lent.reports.push(Report::Broken(id));
+        false
     }
 
     /// An op came back from the device.

@@ -8,6 +8,7 @@ mod claim;
 mod command;
 mod helper;
 pub mod hosted;
+mod idle;
 mod log_gate;
 mod path;
 mod pool;
@@ -19,4 +20,5 @@ pub use command::{
     ClaimEnd, Command, DeviceId, Enablement, Errand, LogSetup, Outcome, Report, StopMode,
     TableEpoch, VringId, VringSetup,
 };
+pub use idle::PollMode;
 pub use pool::{WorkerError, Workers, WorkersConfig};

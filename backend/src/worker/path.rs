@@ -1,15 +1,21 @@
 //! A request's way from its head to its op, and from its completion to its used element.
 
+mod op;
+mod parked;
+mod plain;
+
 use std::collections::VecDeque;
 use std::error::Error;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use blockdev::{Channel, Completion, Durability, IoError, Op, Tag};
-use iov_iter::{Area, BrokenChain, Chain, ChainFault, ChainLimits, ExtractErrorKind};
-use iov_iter::{DirtyLog, Hold, IovIter, Source, View};
+use blockdev::{Channel, Completion, Durability, IoError, Op};
+use iov_iter::{Area, BrokenChain, Chain, ChainFault, ChainLimits, Dest, DirtyLog};
+use iov_iter::{ExtractErrorKind, Hold, IovIter, Plain, Source, View};
 use log::{error, warn};
 
+use self::op::{into_hold, is_bounced, next_range, range_op};
+use self::parked::Parked;
 use super::attachment::Lent;
 use super::log_gate::LogGate;
 use super::slots::{InFlight, Job};
@@ -25,16 +31,6 @@ const LIMITS: ChainLimits = ChainLimits {
     max_segments: MAX_SEGMENTS,
     max_bytes: MAX_CHAIN_BYTES,
 };
-
-/// A request that waits for a bounce buffer. It keeps guest addresses, not pointers.
-#[derive(Debug)]
-pub(super) struct Parked {
-    vring: usize,
-    request: Request,
-    source: IovIter<Source>,
-    admitted: Admitted,
-    hold: Hold,
-}
 
 /// Everything of a device that a request meets on its way; `L` is the kind of dirty log.
 pub(super) struct Path<L> {
@@ -142,8 +138,11 @@ impl<L: DirtyLog> Path<L> {
             features,
             cache: self.device.cache_for(features),
         };
+        if let Some((plain, hold)) = Plain::walk(&self.view, descriptors, size, head, &LIMITS) {
+            return Ok(self.admit_plain(local, plain, hold, driver, lent));
+        }
         match Chain::walk(&self.view, descriptors, size, head, &LIMITS) {
-            Ok(chain) => Ok(self.admit(local, chain, driver, lent)),
+            Ok(chain) => Ok(self.admit_lists(local, head, chain.split(), driver, lent)),
             Err(broken) => self.refuse(head, broken).map(Step::Ended),
         }
     }
@@ -187,9 +186,14 @@ impl<L: DirtyLog> Path<L> {
         Ok(Used { head, len: 0 })
     }
 
-    fn admit(&mut self, local: usize, chain: Chain, driver: Driver, lent: &mut Lent<'_>) -> Step {
-        let head = chain.head();
-        let (mut source, dest, hold) = chain.split();
+    fn admit_lists(
+        &mut self,
+        local: usize,
+        head: u16,
+        (mut source, dest, hold): (IovIter<Source>, IovIter<Dest>, Hold),
+        driver: Driver,
+        lent: &mut Lent<'_>,
+    ) -> Step {
         let (mut request, header, hold) = match Request::parse(head, &mut source, dest, hold) {
             Ok(parsed) => parsed,
             Err(malformed) => {
@@ -204,16 +208,27 @@ impl<L: DirtyLog> Path<L> {
         let dest_len = request.dest().count();
         let (profile, ranges) = (&self.profile, &mut self.ranges);
         match header.admit(&mut source, dest_len, &hold, profile, driver, ranges) {
-            Ok(admitted) => {
-                let waiting = self.parked.len();
-                let step = self.launch(local, request, source, admitted, hold, lent);
-                self.counters
-                    .parked
-                    .add((self.parked.len() - waiting) as u64);
-                step
-            }
+            Ok(admitted) => self.launch_first(local, request, source, admitted, hold, lent),
             Err(status) => Step::Ended(self.end(request, hold, 0, status)),
         }
+    }
+
+    /// Hands an admitted request to the device, or parks it.
+    fn launch_first(
+        &mut self,
+        local: usize,
+        request: Request,
+        source: IovIter<Source>,
+        admitted: Admitted,
+        hold: Hold,
+        lent: &mut Lent<'_>,
+    ) -> Step {
+        let waiting = self.parked.len();
+        let step = self.launch(local, request, source, admitted, hold, lent);
+        self.counters
+            .parked
+            .add((self.parked.len() - waiting) as u64);
+        step
     }
 
     /// Hands an admitted request to the device.
@@ -259,11 +274,7 @@ impl<L: DirtyLog> Path<L> {
                 if is_bounced(&op) {
                     self.counters.bounced.add(1);
                 }
-                let in_flight = self.in_flight(local, request, Job::Single);
-                self.counters.handed_over.add(1);
-                let tag = lent.slots.insert(in_flight, None);
-                self.channel.prep(lent.ring, tag, op);
-                Step::Underway
+                self.hand_over(local, request, op, lent)
             }
             Err(error) => match error.kind {
                 // Buffers come back with the requests that have them; with none out, none will.
@@ -286,6 +297,41 @@ impl<L: DirtyLog> Path<L> {
                     Step::Ended(self.end(request, error.hold, 0, Status::IoErr))
                 }
             },
+        }
+    }
+
+    /// Hands an op to the device. One that is done at once needs no place among those in flight.
+    #[inline(always)]
+    fn hand_over(&mut self, local: usize, request: Request, op: Op, lent: &mut Lent<'_>) -> Step {
+        self.counters.handed_over.add(1);
+        if let Some((moved, outcome)) = self.channel.now(&op) {
+            self.counters.given_back.add(1);
+            let status = self.judge(outcome);
+            return Step::Ended(self.answer(request, op, moved, status));
+        }
+        let in_flight = self.in_flight(local, request, Job::Single);
+        let tag = lent.slots.insert(in_flight, None);
+        self.channel.prep(lent.ring, tag, op);
+        Step::Underway
+    }
+
+    /// Answers a request that the device is done with.
+    #[inline(always)]
+    fn answer(&self, request: Request, op: Op, moved: u32, status: Status) -> Used {
+        match op {
+            Op::Read { into, .. } => {
+                self.counters.read_bytes.add(u64::from(moved));
+                let moved = moved as usize;
+                let hold = into.land(moved);
+                self.end(request, hold, moved, status)
+            }
+            op @ (Op::Write { .. }
+            | Op::Flush { .. }
+            | Op::Discard { .. }
+            | Op::WriteZeroes { .. }) => {
+                self.counters.written_bytes.add(u64::from(moved));
+                self.end(request, into_hold(op), 0, status)
+            }
         }
     }
 
@@ -318,49 +364,12 @@ impl<L: DirtyLog> Path<L> {
         }
     }
 
-    /// Tries the request that has been parked the longest again: its vring, and how it ended if it
-    /// did. None when nothing is parked or the buffers do not reach yet.
-    pub(super) fn retry_parked(&mut self, lent: &mut Lent<'_>) -> Option<(usize, Option<Used>)> {
-        let Parked {
-            vring,
-            request,
-            source,
-            admitted,
-            hold,
-        } = self.parked.pop_front()?;
-        let waiting = self.parked.len();
-        match self.launch(vring, request, source, admitted, hold, lent) {
-            Step::Ended(used) => Some((vring, Some(used))),
-            Step::Underway if self.parked.len() > waiting => {
-                self.parked.rotate_right(1);
-                None
-            }
-            Step::Underway => Some((vring, None)),
-        }
-    }
-
     /// Takes back what the device has of one vring, as far as it can.
     pub(super) fn abort(&mut self, vring: usize, lent: &mut Lent<'_>) {
         let Path { channel, place, .. } = self;
         for tag in lent.slots.tags_of(*place, vring) {
             channel.abort(lent.ring, tag);
         }
-    }
-
-    /// Gives up what is parked of one vring; says how many requests that were.
-    pub(super) fn abandon_parked(&mut self, vring: usize) -> usize {
-        let waiting = self.parked.len();
-        for _ in 0..waiting {
-            match self.parked.pop_front() {
-                Some(parked) if parked.vring == vring => {
-                    self.counters.abandoned.add(1);
-                    parked.request.abandon(parked.hold, self.dirty());
-                }
-                Some(other) => self.parked.push_back(other),
-                None => {}
-            }
-        }
-        waiting - self.parked.len()
     }
 
     /// What a completion means for its request.
@@ -394,19 +403,11 @@ impl<L: DirtyLog> Path<L> {
                 request.abandon(into_hold(op), self.dirty());
                 Finish::Abandoned
             }
-            (StopMode::Drain, Op::Read { into, .. }) => {
-                self.counters.read_bytes.add(u64::from(moved));
-                let moved = moved as usize;
-                let hold = into.land(moved);
-                Finish::Used(self.end(request, hold, moved, status))
-            }
-            (StopMode::Drain, op) => {
-                self.counters.written_bytes.add(u64::from(moved));
-                Finish::Used(self.end(request, into_hold(op), 0, status))
-            }
+            (StopMode::Drain, op) => Finish::Used(self.answer(request, op, moved, status)),
         }
     }
 
+    #[inline(always)]
     fn end(&self, request: Request, hold: Hold, moved: usize, status: Status) -> Used {
         if status == Status::IoErr {
             self.counters.errors.add(1);
@@ -415,10 +416,16 @@ impl<L: DirtyLog> Path<L> {
     }
 
     /// Turns an outcome into a status; what failed on the host's side is said, now and then.
+    #[inline]
     fn judge(&mut self, outcome: Result<(), IoError>) -> Status {
-        let Err(error) = outcome else {
-            return Status::Ok;
-        };
+        match outcome {
+            Ok(()) => Status::Ok,
+            Err(error) => self.judge_error(error),
+        }
+    }
+
+    #[cold]
+    fn judge_error(&mut self, error: IoError) -> Status {
         if let Some(held_back) = self.failures.open() {
             warn!(
                 "{}: a request failed: {error} ({held_back} more)",
@@ -451,48 +458,4 @@ pub(super) enum Finish {
     Used(Used),
     /// Given up.
     Abandoned,
-}
-
-/// The range that follows, of a request that has one.
-fn next_range(lent: &mut Lent<'_>, tag: Tag) -> Option<(RangeOp, Range)> {
-    let Job::Ranges { op, next } = &mut lent.slots.get_mut(tag)?.job else {
-        return None;
-    };
-    let (op, at) = (*op, *next);
-    *next += 1;
-    lent.slots.ranges(tag).get(at).map(|range| (op, *range))
-}
-
-fn range_op(op: RangeOp, range: &Range, durability: Durability, hold: Hold) -> Op {
-    let Range { at, unmap } = *range;
-    match op {
-        RangeOp::Discard => Op::Discard {
-            at,
-            durability,
-            hold,
-        },
-        RangeOp::WriteZeroes => Op::WriteZeroes {
-            at,
-            unmap,
-            durability,
-            hold,
-        },
-    }
-}
-
-fn into_hold(op: Op) -> Hold {
-    match op {
-        // Nothing of a read that is given up lands in the guest.
-        Op::Read { into, .. } => into.land(0),
-        Op::Write { from, .. } => from.into_hold(),
-        Op::Flush { hold } | Op::Discard { hold, .. } | Op::WriteZeroes { hold, .. } => hold,
-    }
-}
-
-fn is_bounced(op: &Op) -> bool {
-    match op {
-        Op::Read { into, .. } => into.is_bounced(),
-        Op::Write { from, .. } => from.is_bounced(),
-        Op::Flush { .. } | Op::Discard { .. } | Op::WriteZeroes { .. } => false,
-    }
 }

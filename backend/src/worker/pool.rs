@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::attachment::Share;
 use super::helper::Helper;
+use super::idle::{Idle, PollMode};
 use super::run::{Wire, Worker};
 use super::{Command, DeviceId, Errand, Report, VringId};
 use crate::blk::BlkDevice;
@@ -27,6 +28,8 @@ pub struct WorkersConfig {
     pub cpus: Vec<usize>,
     /// How they do I/O.
     pub engine: Engine,
+    /// How they wait for work.
+    pub poll: PollMode,
 }
 
 /// Why the workers do not run.
@@ -116,7 +119,7 @@ impl Workers {
                 reports: tell.clone(),
                 told: told.clone(),
             };
-            let thread = start(config.engine, share, cpu, devices.to_vec(), wire)?;
+            let thread = start(config, share, cpu, devices.to_vec(), wire)?;
             workers.handles.push(Handle {
                 commands,
                 wake,
@@ -212,17 +215,18 @@ fn event() -> Result<EventFd, WorkerError> {
 
 /// Starts a thread and waits until its worker is ready, or says why it is not.
 fn start(
-    engine: Engine,
+    config: &WorkersConfig,
     share: Share,
     cpu: Option<usize>,
     devices: Vec<Arc<BlkDevice>>,
     wire: Wire,
 ) -> Result<JoinHandle<()>, WorkerError> {
     let (ready, outcome) = channel();
+    let (engine, idle) = (config.engine, Idle::new(config.poll));
     let thread = Builder::new()
         .name(format!("worker-{}", share.worker))
         .spawn(move || {
-            let made = bind(cpu).and_then(|()| Worker::new(engine, share, &devices, wire));
+            let made = bind(cpu).and_then(|()| Worker::new(engine, idle, share, &devices, wire));
             match made {
                 Ok(worker) => {
                     let _ = ready.send(Ok(()));

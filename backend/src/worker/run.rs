@@ -8,7 +8,8 @@ use blockdev::{Engine, Event, Ring, Wait};
 use log::error;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::attachment::{Attachment, Lent, Share};
+use super::attachment::{Attachment, Lent, Served, Share};
+use super::idle::Idle;
 use super::slots::Slots;
 use super::token::Token;
 use super::{Command, Report, WorkerError};
@@ -35,8 +36,12 @@ pub(super) struct Worker {
     slots: Slots,
     outgoing: Vec<EventFd>,
     reports: Vec<Report>,
+    idle: Idle,
     life: Life,
 }
+
+/// Looks at the rings' memory in a row.
+const LOOKS_PER_TURN: u32 = 64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Life {
@@ -52,6 +57,7 @@ impl Worker {
     /// The ring cannot be made, or a device does not open.
     pub(super) fn new(
         engine: Engine,
+        idle: Idle,
         share: Share,
         devices: &[Arc<BlkDevice>],
         wire: Wire,
@@ -80,6 +86,7 @@ impl Worker {
             attachments,
             outgoing: Vec::new(),
             reports: Vec::new(),
+            idle,
             life: Life::Serving,
         })
     }
@@ -87,43 +94,85 @@ impl Worker {
     /// Serves until told to leave, and until everything came back after that.
     pub(super) fn run(mut self) {
         while self.life == Life::Serving || !self.is_done() {
-            self.serve();
+            let served = self.serve();
             // What was refused or answered at once is published with this batch.
             self.publish();
-            let wait = if self.has_work() {
-                Wait::No
-            } else {
-                Wait::Event
-            };
+            let wait = self.wait(&served);
             if let Err(error) = self.ring.submit(wait) {
                 self.storage_is_gone(&error);
             }
             self.outgoing.clear();
             // After the submit: a stop is not reported before the last call of its vring is made.
             self.report();
+            let mut came = served.chains > 0;
             while let Some(event) = self.ring.reap() {
                 self.route(event);
+                came = true;
             }
             self.publish();
+            if came {
+                self.idle.ends();
+            }
+            if wait == Wait::No && !served.is_more {
+                self.look();
+            }
         }
     }
 
-    fn has_work(&self) -> bool {
-        !self.reports.is_empty()
-            || !self.outgoing.is_empty()
-            || self.attachments.iter().any(Attachment::has_work)
-            || (self.life == Life::Leaving && self.is_done())
+    /// Whether the next submit may sleep. Before it does, every vring is told to kick.
+    fn wait(&mut self, served: &Served) -> Wait {
+        let owes = !self.reports.is_empty() || !self.outgoing.is_empty();
+        let leaves = self.life == Life::Leaving && self.is_done();
+        if owes || leaves || served.is_more || self.polls() || self.arm() {
+            return Wait::No;
+        }
+        self.idle.sleeps(self.slots.in_flight());
+        Wait::Event
+    }
+
+    /// Whether looking again may find something sooner than sleeping. A worker that serves no vring
+    /// has nothing to look at.
+    fn polls(&mut self) -> bool {
+        self.idle.is_open(self.slots.in_flight())
+            && self.attachments.iter().any(Attachment::is_served)
+    }
+
+    /// Looks at the rings until there is something to do, or it is time to sleep. Not everything
+    /// shows there, so it comes back now and then for a turn.
+    fn look(&mut self) {
+        let in_flight = self.slots.in_flight();
+        for _ in 0..LOOKS_PER_TURN {
+            if self.attachments.iter().any(Attachment::has_news) || self.ring.has_news() {
+                return self.idle.ends();
+            }
+            if !self.idle.looks_again(in_flight) {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    /// Asks every driver to kick; whether there is something to do all the same.
+    fn arm(&mut self) -> bool {
+        let (attachments, mut lent) = self.lend();
+        let mut found = false;
+        for attachment in attachments {
+            found |= attachment.arm(&mut lent);
+        }
+        found || !self.reports.is_empty()
     }
 
     fn is_done(&self) -> bool {
         self.slots.in_flight() == 0 && self.attachments.iter().all(Attachment::is_stopped)
     }
 
-    fn serve(&mut self) {
+    fn serve(&mut self) -> Served {
         let (attachments, mut lent) = self.lend();
+        let mut served = Served::default();
         for attachment in attachments {
-            attachment.serve(&mut lent);
+            attachment.serve(&mut served, &mut lent);
         }
+        served
     }
 
     fn publish(&mut self) {

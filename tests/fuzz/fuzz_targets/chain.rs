@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use iov_iter::{
     Area, BrokenChain, Chain, ChainLimits, Dest, Direction, Hold, IovIter, MemoryNeeds,
-    MemoryTable, Pools, RegionSpec, Stability, View, ledger,
+    MemoryTable, Plain, Pools, RegionSpec, Stability, View, ledger,
 };
 use libfuzzer_sys::fuzz_target;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -75,6 +75,11 @@ fn walk(
     head: u16,
     limits: &ChainLimits,
 ) -> Result<Chain, BrokenChain> {
+    if let Some((plain, _hold)) = Plain::walk(view, table, size, head, limits) {
+        let (source, dest) = plain.into_iters();
+        check_sums(&source);
+        check_sums(&dest);
+    }
     let chain = Chain::walk(view, table, size, head, limits)?;
     assert_eq!(chain.head(), head);
     assert!(head < size);

@@ -10,7 +10,7 @@ use std::thread::{Builder, JoinHandle};
 use blockdev::{BlockDevice, Engine, open};
 use vublk::blk::{BlkDevice, BlkOptions};
 use vublk::control::{Control, ControlError, Listen, StopHandle};
-use vublk::worker::{DeviceId, Workers, WorkersConfig};
+use vublk::worker::{DeviceId, PollMode, Workers, WorkersConfig};
 
 use super::{Outcome, Peer};
 
@@ -23,6 +23,8 @@ pub struct Options {
     pub workers: usize,
     /// How they do I/O.
     pub engine: Engine,
+    /// How they wait for work.
+    pub poll: PollMode,
 }
 
 impl Default for Options {
@@ -31,6 +33,7 @@ impl Default for Options {
             storage: None,
             workers: 2,
             engine: Engine::IoUring,
+            poll: PollMode::default(),
         }
     }
 }
@@ -103,6 +106,7 @@ impl Served {
             workers: options.workers,
             cpus: Vec::new(),
             engine: options.engine,
+            poll: options.poll,
         };
         let workers = Workers::spawn(&config, std::slice::from_ref(&device))?;
         let control = Control::new(vec![(listen, device.clone())], workers, None, None)?;

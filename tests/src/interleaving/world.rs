@@ -7,6 +7,7 @@ use std::time::Duration;
 use blockdev::fault::{FaultHandle, FaultPlan};
 use blockdev::{Engine, open};
 use iov_iter::{MemoryNeeds, Stability};
+use vublk::worker::PollMode;
 
 use super::requests::Request;
 use super::stops::Pending;
@@ -140,6 +141,7 @@ impl World {
             } else {
                 Engine::Threads
             },
+            poll: [PollMode::Always, PollMode::Adaptive, PollMode::Never][dice.usize(0..3)],
         })?;
         let vrings = dice.u16(1..=3);
         let options = Options {

@@ -24,7 +24,7 @@ impl Attachment {
             Command::Enable(id, enablement) => {
                 if let Some((local, vring)) = self.started(id) {
                     vring.set_enablement(enablement);
-                    self.make_ready(local);
+                    self.wake(local);
                 }
             }
             Command::SetKick(id, kick) => self.set_kick(id, kick, lent),
@@ -81,7 +81,7 @@ impl Attachment {
             }
         }
         for local in 0..self.vrings.len() {
-            self.make_ready(local);
+            self.wake(local);
         }
     }
 
@@ -128,7 +128,7 @@ impl Attachment {
                 call_once(&vring, lent.ring);
                 self.vrings[local] = Vring::Started(vring);
                 self.watch_kick(local, lent);
-                self.make_ready(local);
+                self.wake(local);
             }
             Err(error) => {
                 self.path.complain(id, &error);
@@ -204,7 +204,7 @@ impl Attachment {
         vring.fds.kick = kick;
         self.watch_kick(local, lent);
         // The old kick may have come after its last look, so the ring is scanned once.
-        self.make_ready(local);
+        self.wake(local);
     }
 
     fn watch_kick(&mut self, local: usize, lent: &mut Lent<'_>) {
