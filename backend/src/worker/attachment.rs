@@ -18,8 +18,19 @@ use crate::fds::borrow;
 use crate::limits::{MAX_BOUNCE_BYTES, MAX_REQUEST_BYTES};
 use crate::vring::{Draining, RingBroken, Started, Stopped};
 
-/// Chains a vring may have started before other vrings, commands and completions get their turn.
-pub(super) const CHAINS_PER_TURN: usize = 128;
+/// Chains taken before those among them that were answered at once are published: a driver that
+/// runs on another CPU takes them while the next ones are served.
+const BATCH: usize = 8;
+
+/// Batches a vring may have in its first turn: the storage is to begin soon.
+const FIRST_TURN: usize = 1;
+
+/// Batches a vring may have in each turn after that, before other vrings, commands and completions
+/// get theirs: a few large submits cost less than many small ones.
+const TURN: usize = 3;
+
+/// As many chains in one turn.
+pub(super) const CHAINS_PER_TURN: usize = TURN * BATCH;
 
 /// What a worker lends to its devices while it serves them.
 pub(super) struct Lent<'a> {
@@ -38,6 +49,17 @@ enum Vring {
     Stopped(Stopped),
     Started(Box<Started>),
     Draining(Draining),
+}
+
+/// How a vring was left after its turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Look {
+    /// It goes on being looked at, and had nothing more.
+    Empty,
+    /// It has more than its turn allowed.
+    More,
+    /// It is not looked at any more.
+    NoMore,
 }
 
 /// What a look at the vrings brought.
@@ -65,6 +87,8 @@ pub(super) struct Attachment {
     vrings: Vec<Vring>,
     /// Vrings that are looked at without a kick: until they are armed again, none is asked for.
     awake: Vec<usize>,
+    /// Batches that each vring may have in its next turn.
+    turn: usize,
     draining: usize,
     epoch: TableEpoch,
     /// Views of older tables that requests still hold, oldest first.
@@ -93,6 +117,7 @@ impl Attachment {
             place,
             vrings: Vec::new(),
             awake: Vec::new(),
+            turn: FIRST_TURN,
             draining: 0,
             epoch: TableEpoch::default(),
             retired: VecDeque::new(),
@@ -144,7 +169,7 @@ impl Attachment {
         }
     }
 
-    /// Pops and starts what the vrings that are awake have, each [`CHAINS_PER_TURN`] at the most.
+    /// Pops and starts what the vrings that are awake have, each a turn's worth at the most.
     pub(super) fn serve(&mut self, served: &mut Served, lent: &mut Lent<'_>) {
         while let Some((local, used)) = self.path.retry_parked(lent) {
             served.chains += 1;
@@ -152,53 +177,67 @@ impl Attachment {
                 self.path.settle(vring, local, Some(used));
             }
         }
+        let mut is_more = false;
         let mut at = 0;
         while let Some(&local) = self.awake.get(at).filter(|_| self.path.parked.is_empty()) {
-            if self.serve_one(local, served, lent) {
-                at += 1;
-            } else {
-                self.awake.swap_remove(at);
+            match self.serve_one(local, served, lent) {
+                Look::Empty => at += 1,
+                Look::More => {
+                    is_more = true;
+                    at += 1;
+                }
+                Look::NoMore => {
+                    self.awake.swap_remove(at);
+                }
             }
         }
+        self.turn = if is_more { TURN } else { FIRST_TURN };
+        served.is_more |= is_more;
     }
 
-    /// Serves one vring; says whether it goes on being looked at.
-    fn serve_one(&mut self, local: usize, served: &mut Served, lent: &mut Lent<'_>) -> bool {
-        let Some(Vring::Started(vring)) = self.vrings.get_mut(local) else {
-            return false;
-        };
-        if !vring.may_pop() {
-            return false;
-        }
-        vring.suppress_kicks();
-        let mut taken = 0;
-        while taken < CHAINS_PER_TURN {
-            match vring.pop() {
-                Ok(Some(head)) => self.path.start(vring, local, head, lent),
-                Ok(None) => break,
-                Err(error) => return self.broke_down(local, &error, lent),
+    /// Serves one vring for a turn.
+    fn serve_one(&mut self, local: usize, served: &mut Served, lent: &mut Lent<'_>) -> Look {
+        for _ in 0..self.turn {
+            let Some(Vring::Started(vring)) = self.vrings.get_mut(local) else {
+                return Look::NoMore;
+            };
+            if !vring.may_pop() {
+                return Look::NoMore;
             }
-            taken += 1;
-            if !self.path.parked.is_empty() || !vring.is_sound() {
-                break;
-            }
-            // A front end that took its memory away is about to lose its session. Going on would
-            // read zeroes where the memory was, and map a page for every one that is touched.
-            let faults = sigbus::faults();
-            if faults != self.faults {
-                if self.path.view.table().poisoned() {
-                    return false;
+            vring.suppress_kicks();
+            let mut taken = 0;
+            while taken < BATCH {
+                match vring.pop() {
+                    Ok(Some(head)) => self.path.start(vring, local, head, lent),
+                    Ok(None) => break,
+                    Err(error) => return self.broke_down(local, &error, lent),
                 }
-                self.faults = faults;
+                taken += 1;
+                if !self.path.parked.is_empty() || !vring.is_sound() {
+                    break;
+                }
+                // A front end that took its memory away is about to lose its session. Going on
+                // would read zeroes where the memory was, and map a page for every one that is
+                // touched.
+                let faults = sigbus::faults();
+                if faults != self.faults {
+                    if self.path.view.table().poisoned() {
+                        return Look::NoMore;
+                    }
+                    self.faults = faults;
+                }
             }
+            served.chains += taken;
+            if !vring.is_sound() {
+                lent.reports.push(Report::Broken(self.id(local)));
+                return Look::NoMore;
+            }
+            if taken < BATCH || !vring.has_chains() {
+                return Look::Empty;
+            }
+            self.publish_used(lent);
         }
-        served.chains += taken;
-        served.is_more |= taken == CHAINS_PER_TURN;
-        if !vring.is_sound() {
-            lent.reports.push(Report::Broken(self.id(local)));
-            return false;
-        }
-        true
+        Look::More
     }
 
     /// Asks for kicks wherever none was wanted while the vrings were looked at; whether there is
@@ -228,19 +267,22 @@ impl Attachment {
         }
         match vring.arm_kick() {
             Ok(waiting) => vring.is_polled() || vring.has_again() || waiting > 0,
-            Err(error) => self.broke_down(local, &RingBroken::from(error), lent),
+            Err(error) => {
+                self.broke_down(local, &RingBroken::from(error), lent);
+                false
+            }
         }
     }
 
     /// A vring cannot go on, and nothing of it is looked at any more.
-    fn broke_down(&mut self, local: usize, error: &RingBroken, lent: &mut Lent<'_>) -> bool {
+    fn broke_down(&mut self, local: usize, error: &RingBroken, lent: &mut Lent<'_>) -> Look {
         let id = self.id(local);
         if let Some(vring) = in_flight_vring(&mut self.vrings, local) {
             vring.break_down();
         }
         self.path.complain(id, error);
         lent.reports.push(Report::Broken(id));
-        false
+        Look::NoMore
     }
 
     /// An op came back from the device.
@@ -262,6 +304,17 @@ impl Attachment {
 
     /// Publishes what was used since the last time, and answers what waited for it.
     pub(super) fn publish(&mut self, lent: &mut Lent<'_>) {
+        self.publish_used(lent);
+        if self.draining > 0 {
+            self.finish_draining(lent);
+        }
+        if self.release_owed {
+            self.finish_retired(lent);
+        }
+        self.finish_fences(lent);
+    }
+
+    fn publish_used(&mut self, lent: &mut Lent<'_>) {
         let mut poke = false;
         while let Some(local) = self.path.touched.pop() {
             let Some(vring) = in_flight_vring(&mut self.vrings, local) else {
@@ -282,13 +335,6 @@ impl Attachment {
         {
             lent.ring.notify(borrow(event));
         }
-        if self.draining > 0 {
-            self.finish_draining(lent);
-        }
-        if self.release_owed {
-            self.finish_retired(lent);
-        }
-        self.finish_fences(lent);
     }
 
     /// A front end that disabled a vring may take the acknowledgement for its end: one that pauses

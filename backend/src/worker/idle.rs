@@ -158,8 +158,8 @@ impl Window {
     }
 }
 
-/// The longest wait worth its CPU. With one request in flight, being woken late delays all there is;
-/// of many, the others go on meanwhile.
+/// The longest wait worth its CPU. With one request in flight, being woken late delays all there
+/// is; of many, the others go on meanwhile.
 #[inline]
 fn longest(in_flight: usize) -> Duration {
     match u32::try_from(in_flight) {

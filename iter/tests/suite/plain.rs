@@ -72,11 +72,11 @@ fn reads_and_writes_are_recognized_direct_and_indirect() {
             let plain = walk(&guest, &ring, &LIMITS).expect("the common shape");
             assert_eq!((plain.head, plain.header.guest), (0, HEADER));
             assert_eq!(plain.status.guest(), STATUS);
-            let data = match plain.data {
-                Data::Into(data) if is_read => data,
-                Data::From(data) if !is_read => data,
-                other => panic!("{other:?}"),
+            let (data, is_into) = match plain.data {
+                Data::Into(data) => (data, true),
+                Data::From(data) => (data, false),
             };
+            assert_eq!(is_into, is_read);
             assert_eq!((data.guest, data.len), (DATA, 4096));
         }
     }
