@@ -2,6 +2,7 @@
 
 mod keeper;
 mod probe;
+mod ways;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -22,7 +23,9 @@ use crate::device::{
 use crate::geometry::{Access, Geometry, SECTOR_SIZE, Sector, is_block_size};
 use crate::op::{Op, Tag};
 use crate::open::{Direct, FileOptions, OpenError};
-use crate::ring::{FileSlot, Ring};
+#[cfg(feature = "conformance")]
+use crate::ring::Way;
+use crate::ring::{FileSlot, Ring, Ways};
 
 /// A file, opened once and shared by all channels.
 #[derive(Debug)]
@@ -37,6 +40,7 @@ struct Shared {
     facts: Facts,
     geometry: Geometry,
     direct: Option<DirectNeeds>,
+    ways: Ways,
     /// The capacity in sectors: the one part of the geometry that changes.
     sectors: AtomicU64,
 }
@@ -75,6 +79,7 @@ impl FileDevice {
         let (direct, block_size) = Self::settle_direct(path, &file, &facts, options)?;
         let geometry = geometry(&facts, block_size, options.access);
         check_size(path, &facts, &geometry)?;
+        let ways = ways::find(path, &file, facts.kind, direct);
         let sectors = AtomicU64::new(geometry.capacity.0);
         let path = path.to_owned();
         Ok(Self {
@@ -84,9 +89,20 @@ impl FileDevice {
                 facts,
                 geometry,
                 direct,
+                ways,
                 sectors,
             }),
         })
+    }
+
+    /// The same with every call made this way, whatever is the best one.
+    #[cfg(feature = "conformance")]
+    pub(crate) fn by(path: &Path, options: FileOptions, way: Way) -> Result<Self, OpenError> {
+        let mut device = Self::open(path, options)?;
+        if let Some(shared) = Arc::get_mut(&mut device.shared) {
+            shared.ways = Ways::all(way);
+        }
+        Ok(device)
     }
 
     /// Decides between O_DIRECT and the page cache, and on the block size: it is never below what
@@ -177,8 +193,11 @@ impl BlockDevice for FileDevice {
     }
 
     fn open_channel(&self, ring: &mut Ring) -> Result<Box<dyn Channel>, OpenError> {
+        let Shared {
+            file, facts, ways, ..
+        } = &*self.shared;
         let slot = ring
-            .register_file(self.shared.file.as_fd(), self.shared.facts.kind)
+            .register_file(file.as_fd(), facts.kind, *ways)
             .map_err(|source| OpenError::Channel {
                 name: self.name(),
                 source,

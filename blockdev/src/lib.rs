@@ -38,4 +38,4 @@ pub use geometry::{
 };
 pub use op::{Durability, Op, Tag, Unmap};
 pub use open::{Direct, FileOptions, OpenError};
-pub use ring::{Engine, Event, FileKind, FileSlot, Ring, RingError, Wait, Watch};
+pub use ring::{Engine, Event, FileKind, FileSlot, Ring, RingError, Wait, Watch, Way, Ways};

@@ -12,6 +12,8 @@ use crate::file::FileDevice;
 use crate::geometry::{Access, BLOCK_SIZES};
 use crate::memory::MemoryDevice;
 use crate::null::NullDevice;
+#[cfg(feature = "conformance")]
+use crate::ring::Way;
 
 /// Whether a file is read and written past the host's page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +42,19 @@ pub struct FileOptions {
 /// [`OpenError`], naming the file and what can be done about it.
 pub fn file(path: &Path, options: FileOptions) -> Result<Arc<dyn BlockDevice>, OpenError> {
     Ok(Arc::new(FileDevice::open(path, options)?))
+}
+
+/// The same with all its calls made one way, for tests; [`file()`] finds the best one.
+///
+/// # Errors
+/// As there.
+#[cfg(feature = "conformance")]
+pub fn file_by(
+    path: &Path,
+    options: FileOptions,
+    way: Way,
+) -> Result<Arc<dyn BlockDevice>, OpenError> {
+    Ok(Arc::new(FileDevice::by(path, options, way)?))
 }
 
 /// `size` bytes of the daemon's memory, zero at first and gone with the device. Memory is taken

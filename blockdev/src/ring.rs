@@ -15,6 +15,7 @@ mod poller;
 mod slots;
 mod uring;
 mod watches;
+mod way;
 
 use std::collections::VecDeque;
 use std::io;
@@ -28,12 +29,14 @@ use self::poller::Poller;
 use self::slots::Slots;
 use self::uring::Uring;
 use self::watches::Target;
+use self::way::Allowance;
 use crate::completion::{Completion, IoError};
 use crate::op::{Op, Tag};
 
 pub use self::engine::{Engine, RingError};
 pub use self::files::{FileKind, FileSlot};
 pub use self::watches::Watch;
+pub use self::way::{Way, Ways};
 
 /// Whether [`Ring::submit`] may sleep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +74,7 @@ pub struct Ring {
     answers: VecDeque<Answer>,
     /// Ops that ended without a system call.
     done: VecDeque<Completion>,
+    allowance: Allowance,
     broken: bool,
 }
 
@@ -97,6 +101,7 @@ impl Ring {
             helpers: None,
             answers: VecDeque::new(),
             done: VecDeque::new(),
+            allowance: Allowance::new(),
             broken: false,
         })
     }
@@ -147,8 +152,13 @@ impl Ring {
     ///
     /// # Errors
     /// When no descriptor is left.
-    pub fn register_file(&mut self, fd: BorrowedFd<'_>, kind: FileKind) -> io::Result<FileSlot> {
-        let mut file = File::new(fd, kind)?;
+    pub fn register_file(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        kind: FileKind,
+        ways: Ways,
+    ) -> io::Result<FileSlot> {
+        let mut file = File::new(fd, kind, ways)?;
         let index = u32::try_from(self.files.len())
             .map_err(|error| io::Error::new(io::ErrorKind::QuotaExceeded, error))?;
         self.start_helpers()?;
@@ -263,6 +273,7 @@ impl Ring {
         let helped = self.helpers.as_ref().is_some_and(Helpers::has_answers);
         let ready = helped || !self.done.is_empty() || !self.answers.is_empty();
         let wait = wait == Wait::Event && !ready;
+        self.allowance = Allowance::new();
         if self.broken {
             return Err(io::Error::from_raw_os_error(libc::ENXIO));
         }
@@ -357,13 +368,25 @@ impl Ring {
         let Some(call) = flight.call(file) else {
             return;
         };
-        flight.calling = true;
-        if let Core::Uring(uring) = &mut self.core {
-            // SAFETY: the call points into the slot's op. The op leaves the slot only in
-            // `answered`, for this call's answer; dropping the ring waits for it or leaks the slot.
-            if unsafe { uring.call(index, generation, file, &call) } {
+        let way = file.ways.choose(&call, flight.left(), &mut self.allowance);
+        match (way, &mut self.core) {
+            (Way::Engine, Core::Uring(uring)) => {
+                // SAFETY: the call points into the slot's op. The op leaves the slot only in
+                // `answered`, for this call's answer; dropping the ring waits for it or leaks the
+                // slot.
+                if unsafe { uring.call(index, generation, file, &call) } {
+                    flight.calling = true;
+                    return;
+                }
+            }
+            (Way::Inline, _) => {
+                // SAFETY: as above; it has returned when anything else happens to the slot.
+                let res = unsafe { call.execute(file.raw()) };
+                // Looked at by `reap`, like every answer: an op in many parts does not recurse.
+                self.answers.push_back(Answer { index, res });
                 return;
             }
+            (Way::Engine, Core::Threads(_)) => {}
         }
         if let Some(helpers) = &mut self.helpers {
             // SAFETY: as above; dropping the ring drops the helpers before the slots.
@@ -399,9 +422,6 @@ impl Ring {
         let Core::Uring(uring) = &mut self.core else {
             return true;
         };
-        for flight in self.slots.iter_mut() {
-            flight.calling = flight.calling && flight.is_kernels();
-        }
         while self.slots.iter_mut().any(|flight| flight.calling) {
             if self.broken || uring.submit(true).is_err() {
                 return false;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use blockdev::conformance::Subject;
 use blockdev::fault::FaultPlan;
-use blockdev::{Access, Direct, FileOptions, conformance, open};
+use blockdev::{Access, Direct, FileOptions, Way, conformance, open};
 use support::{LoopDevice, Place, Scratch, options};
 
 const SIZE: u64 = 24 << 20;
@@ -15,6 +15,12 @@ const SIZE: u64 = 24 << 20;
 fn disk(place: impl Place, options: FileOptions) -> Subject {
     let device = open::file(place.path(), options).expect("the place can be opened");
     Subject::kept(device).keeping(place)
+}
+
+/// The same, with its calls made this way and no other.
+fn disk_by(way: Way, place: impl Place, direct: Direct) -> Subject {
+    let device = open::file_by(place.path(), options(direct, None), way);
+    Subject::kept(device.expect("the place can be opened")).keeping(place)
 }
 
 fn writable_loop(sector_size: u32) -> LoopDevice {
@@ -52,6 +58,26 @@ conformance!(file_tmpfs, || disk(
 conformance!(file_tmpfs_direct, || disk(
     Scratch::in_dir("/dev/shm", SIZE),
     options(Direct::On, None)
+));
+conformance!(file_inline, || disk_by(
+    Way::Inline,
+    Scratch::on_disk(SIZE),
+    Direct::Off
+));
+conformance!(file_direct_inline, || disk_by(
+    Way::Inline,
+    Scratch::on_disk(SIZE),
+    Direct::On
+));
+conformance!(file_tmpfs_engine, || disk_by(
+    Way::Engine,
+    Scratch::in_dir("/dev/shm", SIZE),
+    Direct::On
+));
+conformance!(block_inline, || disk_by(
+    Way::Inline,
+    writable_loop(512),
+    Direct::On
 ));
 conformance!(block_512, || disk(
     writable_loop(512),

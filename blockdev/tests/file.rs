@@ -16,7 +16,7 @@ use std::sync::Arc;
 use blockdev::conformance::rig::Rig;
 use blockdev::{
     Access, BlockDevice, Caching, Direct, Durability, Engine, Extent, FileOptions, IoError, Op,
-    Sector, Unmap, open,
+    Sector, Unmap, Wait, open,
 };
 use mounted::Mounted;
 use support::{LoopDevice, Place, Scratch, options};
@@ -24,6 +24,8 @@ use vmm_sys_util::tempdir::TempDir;
 
 const ENGINES: [Engine; 2] = [Engine::IoUring, Engine::Threads];
 const SIZE: u64 = 8 << 20;
+/// A folder on a disk.
+const DISK: &str = env!("CARGO_TARGET_TMPDIR");
 
 fn open_as(place: &impl Place, direct: Direct, block_size: Option<u32>) -> Arc<dyn BlockDevice> {
     open::file(place.path(), options(direct, block_size)).unwrap()
@@ -197,8 +199,12 @@ fn a_flush_has_something_to_do() {
 #[test]
 fn a_file_truncated_underneath_reads_short_and_never_as_success() {
     for engine in ENGINES {
-        for direct in [Direct::On, Direct::Off] {
-            let place = Scratch::on_disk(SIZE);
+        for (direct, parent) in [
+            (Direct::On, DISK),
+            (Direct::Off, DISK),
+            (Direct::Off, "/dev/shm"),
+        ] {
+            let place = Scratch::in_dir(parent, SIZE);
             let device = open_as(&place, direct, Some(4096));
             let mut rig = Rig::new(&device, engine);
             let file = OpenOptions::new().write(true).open(place.path()).unwrap();
@@ -211,11 +217,54 @@ fn a_file_truncated_underneath_reads_short_and_never_as_success() {
                 assert_eq!(
                     rig.run(op),
                     Err(expected),
-                    "{engine}, {direct:?}, {left} left"
+                    "{engine}, {direct:?}, {parent}, {left} left"
                 );
             }
         }
     }
+}
+
+#[test]
+fn what_lies_in_memory_is_answered_in_the_batch_that_asked() {
+    for engine in ENGINES {
+        let place = Scratch::in_dir("/dev/shm", SIZE);
+        let device = open_as(&place, Direct::On, None);
+        let mut rig = Rig::new(&device, engine);
+        for round in 0..4 {
+            rig.ring().submit(Wait::No).unwrap();
+            let mut ops: Vec<_> = (0..4)
+                .map(|n| rig.write_op(n * 128, &[(0, 65536)], Durability::Durable))
+                .collect();
+            ops.push(rig.flush_op());
+            ops.push(rig.read_op(0, &[(0, 512), (4096, 512)]));
+            let tags: Vec<_> = ops.into_iter().map(|op| rig.prep(op)).collect();
+            let ended = rig.reap().into_iter().map(|(tag, _, outcome)| {
+                assert_eq!(outcome, Ok(()));
+                tag
+            });
+            assert_eq!(ended.collect::<Vec<_>>(), tags, "{engine}, round {round}");
+        }
+    }
+}
+
+#[test]
+fn what_would_hold_up_a_worker_is_left_to_the_kernel() {
+    let place = Scratch::in_dir("/dev/shm", SIZE);
+    let device = open_as(&place, Direct::On, None);
+    let mut rig = Rig::new(&device, Engine::IoUring);
+    let long = rig.read_op(0, &[(0, 1 << 20)]);
+    let long = rig.prep(long);
+    let short = rig.read_op(0, &[(2 << 20, 4096)]);
+    let short = rig.prep(short);
+    let reaped = |rig: &mut Rig| {
+        rig.reap()
+            .into_iter()
+            .map(|(tag, ..)| tag)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(reaped(&mut rig), [short]);
+    let ended: Vec<_> = rig.drain().into_iter().map(|(tag, ..)| tag).collect();
+    assert_eq!(ended, [long]);
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Output, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
+use vmm_sys_util::tempdir::TempDir;
 use vublk_tests::frontend::{FrontEnd, Kind, Options, Outcome, Peer};
 use vublk_tests::guest::{Scratch, vublk_path};
 
@@ -143,6 +144,28 @@ fn sigusr1_logs_what_was_done() -> Outcome {
     assert!(counts.contains_key("bounced"), "{counts:?}");
     daemon.signal(Signal::TERM)?;
     assert_eq!(daemon.ended()?.0, Some(0));
+    Ok(())
+}
+
+#[test]
+fn an_image_in_memory_is_told_of() -> Outcome {
+    let memory = TempDir::new_in(Path::new("/dev/shm"))?;
+    let image = memory.as_path().join("disk");
+    fs::write(&image, vec![0; 1 << 20])?;
+    let scratch = Scratch::new()?;
+    let socket = scratch.socket("memory");
+    let file = format!("--blk-file={}", image.display());
+    let mut daemon = Running::start(&socket, &[&file])?;
+    let line = daemon.line("reads are made")?;
+    let expected = format!(
+        "{}: memory, reads are made inline (no NOWAIT), writes inline (no NOWAIT)",
+        image.display()
+    );
+    assert!(line.contains(&expected), "{line}");
+    let mut front_end = FrontEnd::start(daemon.connect(&socket)?, Options::default())?;
+    front_end.write(0, 8, &[7; 4096])?;
+    assert_eq!(front_end.read(0, 8, 4096)?, vec![7; 4096]);
+    assert_eq!(fs::read(&image)?.get(4096..8192), Some(&[7; 4096][..]));
     Ok(())
 }
 

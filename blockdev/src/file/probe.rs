@@ -5,6 +5,8 @@
     reason = "statx, fcntl and the block layer's ioctls take raw pointers"
 )]
 
+pub(super) mod nowait;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;

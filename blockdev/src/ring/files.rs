@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
+use super::way::Ways;
 use crate::geometry::Extent;
 
 /// What kind of file a device does I/O on; decides how space is given back.
@@ -27,6 +28,7 @@ pub struct FileSlot(pub(super) u32);
 pub(super) struct File {
     fd: OwnedFd,
     pub(super) kind: FileKind,
+    pub(super) ways: Ways,
     /// The index in io_uring's table of registered files, when it is there.
     pub(super) fixed: Option<u32>,
     /// Whether FALLOC_FL_PUNCH_HOLE has not been refused yet.
@@ -36,11 +38,12 @@ pub(super) struct File {
 }
 
 impl File {
-    pub(super) fn new(fd: BorrowedFd<'_>, kind: FileKind) -> io::Result<Self> {
+    pub(super) fn new(fd: BorrowedFd<'_>, kind: FileKind, ways: Ways) -> io::Result<Self> {
         let fd = fd.try_clone_to_owned()?;
         Ok(Self {
             fd,
             kind,
+            ways,
             fixed: None,
             punches: true,
             zeroes: true,

@@ -39,7 +39,7 @@ pub(super) struct Flight {
     pub(super) file: u32,
     pub(super) step: Step,
     pub(super) moved: u32,
-    /// Whether a call of it was made and not answered.
+    /// Whether io_uring has a call of it.
     pub(super) calling: bool,
     idle_tries: u8,
 }
@@ -92,11 +92,12 @@ impl Flight {
         }
     }
 
-    /// Whether its calls go to io_uring, where there is one, rather than to the helper threads.
-    pub(super) fn is_kernels(&self) -> bool {
+    /// Bytes that its calls have still to move.
+    pub(super) fn left(&self) -> u64 {
         match self.step {
-            Step::Move | Step::ZeroFill(_) | Step::Sync => true,
-            Step::Parked | Step::Punch | Step::ZeroRange | Step::Discard => false,
+            Step::Move => self.op.payload().saturating_sub(u64::from(self.moved)),
+            Step::ZeroFill(done) => self.op.extent().unwrap_or(EMPTY).len().saturating_sub(done),
+            Step::Parked | Step::Punch | Step::ZeroRange | Step::Discard | Step::Sync => 0,
         }
     }
 
@@ -322,7 +323,7 @@ static ZERO_VECTORS: ZeroVectors = ZeroVectors(
 mod tests {
     use super::*;
     use crate::conformance::rig::{Rig, Run, eventfd};
-    use crate::{Engine, open};
+    use crate::{Engine, Way, Ways, open};
     use std::os::fd::AsFd;
 
     fn rig() -> Rig {
@@ -331,7 +332,7 @@ mod tests {
 
     fn file(kind: FileKind) -> File {
         // Nothing here calls the kernel; any descriptor will do.
-        File::new(eventfd().as_fd(), kind).unwrap()
+        File::new(eventfd().as_fd(), kind, Ways::all(Way::Engine)).unwrap()
     }
 
     /// What a call would transfer: offset, bytes and vectors.
