@@ -8,6 +8,7 @@
 mod call;
 mod engine;
 mod entry;
+mod eventfd;
 mod files;
 mod flight;
 mod helpers;
@@ -19,7 +20,7 @@ mod way;
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 
 use self::engine::Report;
 use self::files::File;
@@ -144,7 +145,7 @@ impl Ring {
     pub fn notify(&mut self, fd: BorrowedFd<'_>) {
         match &mut self.core {
             Core::Uring(uring) => uring.notify(fd),
-            Core::Threads(_) => write_event(fd),
+            Core::Threads(_) => eventfd::write(fd),
         }
     }
 
@@ -259,6 +260,15 @@ impl Ring {
         };
         let helped = || self.helpers.as_ref().is_some_and(Helpers::has_answers);
         kernel || !self.done.is_empty() || !self.answers.is_empty() || helped()
+    }
+
+    /// Whether the kernel has not been handed everything yet: a [`Self::submit`] is owed.
+    #[inline]
+    pub fn has_queued(&mut self) -> bool {
+        match &mut self.core {
+            Core::Uring(uring) => uring.has_queued(),
+            Core::Threads(_) => false,
+        }
     }
 
     /// Hands the batch to the kernel, and waits for an event if `wait` says so and nothing is ready
@@ -473,27 +483,4 @@ impl Drop for Ring {
 fn busy(tag: Tag, flight: Flight) -> Completion {
     log::error!("tag {} is in flight already", tag.0);
     Completion::failed(tag, flight.op, IoError::Os(libc::EBUSY))
-}
-
-/// Adds one to an eventfd at once. EAGAIN says that it is saturated, which is as good.
-fn write_event(fd: BorrowedFd<'_>) {
-    let one = 1u64.to_ne_bytes();
-    // SAFETY: the buffer is a local array of the length given.
-    let written = unsafe { libc::write(fd.as_raw_fd(), one.as_ptr().cast(), one.len()) };
-    if written < 0 {
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::WouldBlock {
-            log::debug!("an eventfd cannot be written to: {error}");
-        }
-    }
-}
-
-/// Takes an eventfd's counter.
-fn read_event(fd: RawFd) {
-    let mut counter = [0u8; 8];
-    // SAFETY: the buffer is a local array of the length given.
-    let got = unsafe { libc::read(fd, counter.as_mut_ptr().cast(), counter.len()) };
-    if got < 0 {
-        log::debug!("an eventfd cannot be read: {}", io::Error::last_os_error());
-    }
 }

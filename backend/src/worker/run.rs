@@ -113,7 +113,8 @@ impl Worker {
             if came {
                 self.idle.ends();
             }
-            if wait == Wait::No && !served.is_more {
+            // A call that is owed goes first.
+            if wait == Wait::No && !served.is_more && !self.ring.has_queued() {
                 self.look();
             }
         }

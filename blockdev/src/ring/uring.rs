@@ -15,6 +15,7 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use super::call::Call;
 use super::engine::Report;
 use super::entry::{Kind, entry, notify_entry, pack, unpack};
+use super::eventfd;
 use super::files::File;
 use super::watches::{Target, Watch, Watches};
 use crate::event::Event;
@@ -126,7 +127,7 @@ impl Uring {
                 let entry = notify_entry(fd.as_raw_fd()).flags(flags);
                 self.push(entry.user_data(pack(Kind::Notify, 0, 0)));
             }
-            Notify::Direct => super::write_event(fd),
+            Notify::Direct => eventfd::write(fd),
         }
     }
 
@@ -162,6 +163,12 @@ impl Uring {
     #[inline]
     pub(super) fn has_news(&mut self) -> bool {
         self.is_ready() || self.ring.submission().taskrun()
+    }
+
+    /// Whether anything is queued.
+    #[inline]
+    pub(super) fn has_queued(&mut self) -> bool {
+        !self.ring.submission().is_empty() || !self.backlog.is_empty()
     }
 
     /// Hands everything queued to the kernel, and waits for one completion if `wait` says so and
@@ -263,7 +270,7 @@ impl Uring {
         if res >= 0 {
             if !self.multishot {
                 // Each new poll looks at the level, so the counter must not stay up.
-                super::read_event(fd);
+                eventfd::read(fd);
             }
         } else if res == -libc::EINVAL && self.multishot {
             log::info!("this kernel has no multishot poll, every wake-up re-arms it");
