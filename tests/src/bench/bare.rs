@@ -15,9 +15,10 @@ use vm_memory::VolatileMemory as _;
 use vm_memory::mmap::MmapRegion;
 
 use super::BenchError;
+use super::case::{Case, Operation};
 use super::error::host;
-use super::load::{Progress, Shape};
-use super::options::Operation;
+use super::latency::{Latency, Stopwatch};
+use super::load::Progress;
 use crate::driver::DriverError;
 use crate::driver::verify::Waiting;
 
@@ -30,37 +31,42 @@ pub(super) struct Bare {
     memory: MmapRegion,
     /// Open as long as the ring, which has it registered.
     _file: File,
-    shape: Shape,
+    case: Case,
+    waiting: Waiting,
     blocks: u64,
     rng: Rng,
     in_flight: u32,
+    watch: Option<Stopwatch>,
 }
 
 impl Bare {
-    /// Opens the file and starts the requests.
-    pub(super) fn start(path: &Path, size: u64, shape: Shape) -> Result<Self, BenchError> {
+    /// Opens the file and starts the requests, those of all queues on one ring.
+    pub(super) fn start(path: &Path, size: u64, case: Case) -> Result<Self, BenchError> {
         let file = OpenOptions::new()
             .read(true)
-            .write(shape.operation == Operation::Write)
+            .write(case.operation != Operation::Read)
             .custom_flags(libc::O_DIRECT)
             .open(path)
             .map_err(host(format!("open {}", path.display())))?;
-        let ring = build(shape.waiting).map_err(host("set up io_uring"))?;
+        let waiting = case.waiting.waiting();
+        let ring = build(waiting).map_err(host("set up io_uring"))?;
         ring.submitter()
             .register_files(&[file.as_raw_fd()])
             .map_err(host("register a file"))?;
-        let bytes = shape.block as usize * shape.depth as usize;
+        let bytes = case.block as usize * case.in_flight() as usize;
         let memory = MmapRegion::new(bytes).map_err(DriverError::from)?;
         let mut bare = Self {
             ring,
             memory,
             _file: file,
-            shape,
-            blocks: (size / shape.block).max(1),
+            case,
+            waiting,
+            blocks: (size / case.block).max(1),
             rng: Rng::with_seed(7),
             in_flight: 0,
+            watch: None,
         };
-        for slot in 0..shape.depth {
+        for slot in 0..case.in_flight() {
             bare.request(slot)?;
         }
         Ok(bare)
@@ -72,8 +78,12 @@ impl Bare {
         let mut requests = 0;
         loop {
             self.wait().map_err(host("wait for io_uring"))?;
+            let mut now = None;
             while let Some(slot) = self.next()? {
                 requests += 1;
+                if let Some(watch) = &mut self.watch {
+                    watch.lap(slot, *now.get_or_insert_with(Instant::now));
+                }
                 self.request(slot)?;
             }
             let elapsed = start.elapsed();
@@ -83,9 +93,16 @@ impl Bare {
         }
     }
 
+    /// Goes on for `time` with an eye on each request.
+    pub(super) fn latency(&mut self, time: Duration) -> Result<Option<Latency>, BenchError> {
+        self.watch = Some(Stopwatch::new(self.case.in_flight())?);
+        self.run(time)?;
+        Ok(self.watch.take().and_then(|watch| watch.latency()))
+    }
+
     /// Hands over what is queued, and waits until something is there.
     fn wait(&mut self) -> io::Result<()> {
-        match self.shape.waiting {
+        match self.waiting {
             Waiting::Sleeping => loop {
                 match self.ring.submit_and_wait(1) {
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -108,26 +125,27 @@ impl Bare {
         };
         self.in_flight -= 1;
         let result = entry.result();
-        if u64::try_from(result) != Ok(self.shape.block) {
+        if u64::try_from(result) != Ok(self.case.block) {
             return Err(BenchError::Request { result });
         }
         Ok(u32::try_from(entry.user_data()).ok())
     }
 
     fn request(&mut self, slot: u32) -> Result<(), BenchError> {
-        let len = self.shape.block as usize;
+        let len = self.case.block as usize;
         let memory = self
             .memory
             .get_slice(slot as usize * len, len)
             .map_err(|error| host("find memory")(io::Error::other(error)))?;
         let address = memory.ptr_guard_mut().as_ptr();
-        let offset = self.rng.u64(0..self.blocks) * self.shape.block;
-        let (file, len) = (types::Fixed(0), self.shape.block as u32);
-        let entry = match self.shape.operation {
-            Operation::Read => opcode::Read::new(file, address, len).offset(offset).build(),
-            Operation::Write => opcode::Write::new(file, address, len)
+        let offset = self.rng.u64(0..self.blocks) * self.case.block;
+        let (file, len) = (types::Fixed(0), self.case.block as u32);
+        let entry = if self.case.operation.reads(&mut self.rng) {
+            opcode::Read::new(file, address, len).offset(offset).build()
+        } else {
+            opcode::Write::new(file, address, len)
                 .offset(offset)
-                .build(),
+                .build()
         };
         let entry = entry.user_data(slot.into());
         // SAFETY: the address is that of `memory`, which this value unmaps only after its drop
@@ -175,4 +193,5 @@ fn build(waiting: Waiting) -> io::Result<IoUring> {
     }
 }
 
-const ENTRIES: u32 = 64;
+/// As many as four queues have in flight.
+const ENTRIES: u32 = 256;

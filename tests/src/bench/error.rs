@@ -1,5 +1,6 @@
 //! What can go wrong with a measurement.
 
+use std::error::Error;
 use std::io;
 
 use crate::driver::DriverError;
@@ -38,6 +39,9 @@ pub enum BenchError {
         /// What it said.
         what: String,
     },
+    /// The front end in this process cannot go on.
+    #[error("the front end cannot go on")]
+    FrontEnd(#[source] Box<dyn Error + Send + Sync>),
 }
 
 /// A `map_err` that adds what was attempted to an operating system's error.

@@ -7,19 +7,33 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::BenchError;
-use super::load::{Progress, Shape};
+use super::case::{Case, Operation, READ_PERCENT};
+use super::latency::Latency;
+use super::load::Progress;
 use super::machine::Usage;
 
-/// Runs fio for `time`; says what it did and what it used.
+/// What fio told of itself.
+#[derive(Debug)]
+pub(super) struct Told {
+    pub(super) progress: Progress,
+    pub(super) usage: Usage,
+    pub(super) latency: Latency,
+}
+
+/// Runs fio for `time`; its job has the requests of all queues in flight.
 pub(super) fn run(
     path: &Path,
-    shape: Shape,
+    case: &Case,
     warm_up: Duration,
     time: Duration,
     cpu: usize,
-) -> Result<(Progress, Usage), BenchError> {
+) -> Result<Told, BenchError> {
     let failed = |what: String| BenchError::Fio { what };
-    let operation = shape.operation.name();
+    let pattern = match case.operation {
+        Operation::Read => "randread",
+        Operation::Write => "randwrite",
+        Operation::Mixed => "randrw",
+    };
     let output = Command::new("fio")
         .args([
             "--name=bench",
@@ -28,12 +42,15 @@ pub(super) fn run(
             "--time_based",
             "--norandommap",
             "--randrepeat=0",
+            "--lat_percentiles=1",
+            "--unified_rw_reporting=1",
             "--output-format=json",
         ])
         .arg(format!("--filename={}", path.display()))
-        .arg(format!("--rw=rand{operation}"))
-        .arg(format!("--bs={}", shape.block))
-        .arg(format!("--iodepth={}", shape.depth))
+        .arg(format!("--rw={pattern}"))
+        .arg(format!("--rwmixread={READ_PERCENT}"))
+        .arg(format!("--bs={}", case.block))
+        .arg(format!("--iodepth={}", case.in_flight()))
         .arg(format!("--ramp_time={}us", warm_up.as_micros()))
         .arg(format!("--runtime={}us", time.as_micros()))
         .arg(format!("--cpus_allowed={cpu}"))
@@ -44,29 +61,38 @@ pub(super) fn run(
         return Err(failed(format!("{}: {said}", output.status)));
     }
     let report = serde_json::from_slice(&output.stdout).map_err(|error| failed(error.to_string()));
-    parse(&report?, operation)
+    parse(&report?)
 }
 
-fn parse(report: &Value, operation: &str) -> Result<(Progress, Usage), BenchError> {
+fn parse(report: &Value) -> Result<Told, BenchError> {
     let job = &report["jobs"][0];
     let number = |value: &Value, name: &str| {
         value[name].as_f64().ok_or_else(|| BenchError::Fio {
             what: format!("there is no {name} in its report"),
         })
     };
-    let side = &job[operation];
-    let requests = number(side, "total_ios")?;
-    let elapsed = Duration::from_secs_f64(number(side, "runtime")? / 1e3);
+    // Reads and writes together, as they were asked for.
+    let all = &job["mixed"];
+    let requests = number(all, "total_ios")?;
+    let elapsed = Duration::from_secs_f64(number(all, "runtime")? / 1e3);
     let busy = (number(job, "usr_cpu")? + number(job, "sys_cpu")?) / 100.0;
-    let progress = Progress {
-        requests: requests as u64,
-        elapsed,
-    };
-    let usage = Usage {
-        cpu: (busy * elapsed.as_nanos() as f64) as u64,
-        sleeps: number(job, "ctx")? as u64,
-    };
-    Ok((progress, usage))
+    let percentiles = &all["lat_ns"]["percentile"];
+    Ok(Told {
+        progress: Progress {
+            requests: requests as u64,
+            elapsed,
+        },
+        usage: Usage {
+            cpu: (busy * elapsed.as_nanos() as f64) as u64,
+            sleeps: number(job, "ctx")? as u64,
+            preempted: 0,
+        },
+        latency: Latency {
+            p50: number(percentiles, "50.000000")?,
+            p99: number(percentiles, "99.000000")?,
+            p999: number(percentiles, "99.900000")?,
+        },
+    })
 }
 
 #[cfg(test)]
@@ -78,18 +104,25 @@ mod tests {
     #[test]
     fn a_report_is_understood() {
         let job = json!({
-            "read": { "total_ios": 5000, "runtime": 250 },
+            "mixed": { "total_ios": 5000, "runtime": 250, "lat_ns": { "percentile": {
+                "50.000000": 10, "99.000000": 20, "99.900000": 30
+            } } },
             "usr_cpu": 10.0, "sys_cpu": 30.0, "ctx": 4000
         });
-        let (progress, usage) = parse(&json!({ "jobs": [job] }), "read").unwrap();
+        let Told {
+            progress,
+            usage,
+            latency,
+        } = parse(&json!({ "jobs": [job] })).unwrap();
         assert_eq!(progress.requests, 5000);
         assert_eq!(progress.elapsed, Duration::from_millis(250));
         assert_eq!(usage.cpu, 100_000_000);
         assert_eq!(usage.sleeps, 4000);
+        assert_eq!((latency.p50, latency.p99, latency.p999), (10.0, 20.0, 30.0));
     }
 
     #[test]
     fn a_report_without_figures_is_refused() {
-        assert!(parse(&json!({ "jobs": [] }), "read").is_err());
+        assert!(parse(&json!({ "jobs": [] })).is_err());
     }
 }

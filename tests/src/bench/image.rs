@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::process;
 
 use fastrand::Rng;
 
@@ -26,6 +27,33 @@ pub(super) fn prepare(asked: Option<&Path>, size: u64) -> Result<PathBuf, BenchE
     }
     write(&path, size).map_err(host(format!("write {}", path.display())))?;
     Ok(path)
+}
+
+/// A file in memory, fully written; it is removed on drop.
+pub(super) struct Tmpfs {
+    path: PathBuf,
+}
+
+impl Tmpfs {
+    /// A new one of `size` bytes.
+    pub(super) fn new(size: u64) -> Result<Self, BenchError> {
+        let path = PathBuf::from(format!("/dev/shm/vublk-bench-{}", process::id()));
+        let tmpfs = Self { path };
+        let what = format!("write {}", tmpfs.path.display());
+        write(&tmpfs.path, size).map_err(host(what))?;
+        Ok(tmpfs)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        // A file that was not even made needs no removal.
+        let _ = fs::remove_file(&self.path);
+    }
 }
 
 fn default_path() -> Result<PathBuf, BenchError> {

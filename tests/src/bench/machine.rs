@@ -32,6 +32,8 @@ pub(super) struct Usage {
     pub(super) cpu: u64,
     /// How often a thread went to sleep.
     pub(super) sleeps: u64,
+    /// How often a thread had to make room for another.
+    pub(super) preempted: u64,
 }
 
 /// Threads whose use of the machine is watched.
@@ -60,8 +62,15 @@ impl Watched {
             };
             sum.cpu += usage.cpu;
             sum.sleeps += usage.sleeps;
+            sum.preempted += usage.preempted;
         }
         Ok(sum)
+    }
+
+    /// The ids of its threads.
+    pub(super) fn thread_ids(&self) -> Result<Vec<u32>, BenchError> {
+        let id = |folder: PathBuf| folder.file_name()?.to_str()?.parse().ok();
+        Ok(self.threads()?.into_iter().filter_map(id).collect())
     }
 
     fn threads(&self) -> Result<Vec<PathBuf>, BenchError> {
@@ -78,11 +87,28 @@ impl Watched {
     }
 }
 
-/// The most memory a process has had, in bytes.
+/// Lets the kernel forget the most memory a process has had.
+pub(super) fn forget_peak(pid: u32) -> Result<(), BenchError> {
+    let path = format!("/proc/{pid}/clear_refs");
+    fs::write(&path, "5").map_err(host(format!("write {path}")))
+}
+
+/// The most memory a process has had since then, in bytes, without what it shares now: the guest's
+/// memory, as long as a front end is connected.
 pub(super) fn peak_memory(pid: u32) -> Result<u64, BenchError> {
+    memory(pid, "VmHWM:")
+}
+
+/// The memory of a process, in bytes, without what it shares.
+pub(super) fn own_memory(pid: u32) -> Result<u64, BenchError> {
+    memory(pid, "VmRSS:")
+}
+
+fn memory(pid: u32, key: &str) -> Result<u64, BenchError> {
     let path = format!("/proc/{pid}/status");
     let status = fs::read_to_string(&path).map_err(host(format!("read {path}")))?;
-    Ok(number(&status, "VmHWM:").unwrap_or(0) << 10)
+    let kibibytes = |key| number(&status, key).unwrap_or(0);
+    Ok(kibibytes(key).saturating_sub(kibibytes("RssShmem:")) << 10)
 }
 
 fn thread_usage(folder: &Path) -> Option<Usage> {
@@ -91,6 +117,7 @@ fn thread_usage(folder: &Path) -> Option<Usage> {
     Some(Usage {
         cpu: schedstat.split_whitespace().next()?.parse().ok()?,
         sleeps: number(&status, "voluntary_ctxt_switches:")?,
+        preempted: number(&status, "nonvoluntary_ctxt_switches:")?,
     })
 }
 
@@ -130,6 +157,16 @@ mod tests {
 
     #[test]
     fn this_process_has_memory() {
-        assert!(peak_memory(std::process::id()).unwrap() > 64 << 10);
+        let pid = std::process::id();
+        forget_peak(pid).unwrap();
+        let peak = peak_memory(pid).unwrap();
+        assert!(peak > 64 << 10);
+        let mut bytes = vec![1_u8; 64 << 20];
+        assert!(peak_memory(pid).unwrap() > peak + (48 << 20));
+        bytes.fill(2);
+        drop(bytes);
+        forget_peak(pid).unwrap();
+        assert!(peak_memory(pid).unwrap() < peak + (48 << 20));
+        assert!(own_memory(pid).unwrap() <= peak_memory(pid).unwrap());
     }
 }

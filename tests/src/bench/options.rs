@@ -3,16 +3,17 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 
+use super::case::{Case, Operation, Switch, WaitingName};
 use super::contender::Contender;
-use crate::driver::verify::Waiting;
 
 /// Measures vublk with virtio-driver, beside qemu-storage-daemon, fio and bare loops.
 ///
-/// The driver runs on one CPU and the back end on another. Each contender is measured once a
-/// round, in alternating order; what is shown is the median of the rounds and their range, in
-/// nanoseconds a request. Back ends that are not installed are left out, and that is said.
+/// The driver runs on one CPU and the back end on another. Options that take a list make a case of
+/// every combination. Each contender is measured once a round in every case, in alternating order;
+/// what is shown is the median of the rounds and their range. Back ends that are not installed are
+/// left out, and that is said.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "bench", max_term_width = 100)]
 pub struct Options {
@@ -29,38 +30,50 @@ pub struct Options {
     )]
     pub waiting: Vec<WaitingName>,
 
-    /// Requests kept in flight, 1 to 64
+    /// Requests kept in flight on each queue, 1 to 64
     #[arg(long, value_delimiter = ',', value_name = "LIST", default_value = "1,32",
         value_parser = clap::value_parser!(u32).range(1..=64))]
     pub depths: Vec<u32>,
 
-    /// The length of each request
-    #[arg(long, value_name = "BYTES", default_value = "4K", value_parser = size)]
-    pub block_size: u64,
+    /// The length of each request, up to 1M
+    #[arg(long = "block-size", value_delimiter = ',', value_name = "LIST", default_value = "4K",
+        value_parser = block)]
+    pub blocks: Vec<u64>,
 
-    /// What each request does, at random offsets
-    #[arg(long, value_name = "WHAT", default_value = "read")]
-    pub operation: Operation,
+    /// What each request does, at random offsets; mixed is 7 reads of 10
+    #[arg(
+        long = "operation",
+        value_delimiter = ',',
+        value_name = "LIST",
+        default_value = "read"
+    )]
+    pub operations: Vec<Operation>,
+
+    /// The number of queues, 1 to 4, all driven by one thread
+    #[arg(long, value_delimiter = ',', value_name = "LIST", default_value = "1",
+        value_parser = clap::value_parser!(u16).range(1..=4))]
+    pub queues: Vec<u16>,
 
     /// Whether the driver takes VIRTIO_F_EVENT_IDX
-    #[arg(long, value_name = "on|off", default_value = "on")]
-    pub event_idx: EventIdx,
+    #[arg(long, value_delimiter = ',', value_name = "LIST", default_value = "on")]
+    pub event_idx: Vec<Switch>,
 
     /// How often everything is measured
     #[arg(long, value_name = "N", default_value_t = 5,
         value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub rounds: u32,
 
-    /// The length of one measurement, in seconds
-    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds)]
+    /// The length of one measurement, in seconds; latencies and system calls are counted after it,
+    /// in a quarter of that each
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds)]
     pub seconds: Duration,
 
     /// What runs before each measurement and is not counted, in seconds
-    #[arg(long, value_name = "SECONDS", default_value = "0.3", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "0.2", value_parser = seconds)]
     pub warm_up: Duration,
 
-    /// How long each daemon is watched while its front end asks for nothing, in seconds
-    #[arg(long, value_name = "SECONDS", default_value = "3", value_parser = seconds)]
+    /// How long the daemons are watched while their front ends ask for nothing, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     pub idle: Duration,
 
     /// The file that is served; made and fully written unless it is there [default: bench/disk in
@@ -68,7 +81,7 @@ pub struct Options {
     #[arg(long, value_name = "PATH")]
     pub file: Option<PathBuf>,
 
-    /// The size of the file and of the null devices
+    /// The size of the file, of that on a tmpfs, and of the null devices
     #[arg(long, value_name = "BYTES", default_value = "1G", value_parser = size)]
     pub size: u64,
 
@@ -76,61 +89,53 @@ pub struct Options {
     #[arg(long, value_delimiter = ',', num_args = 2, value_name = "CPU")]
     pub cpus: Option<Vec<usize>>,
 
+    /// Count the instructions of a request instead, with callgrind: plain, with in-flight tracking,
+    /// with the dirty log, and with both; at the greatest of the depths
+    #[arg(long)]
+    pub instructions: bool,
+
+    /// Measure what the bars name and nothing else, and say which are met
+    #[arg(long, conflicts_with_all = ["instructions", "contenders", "waiting", "depths", "blocks",
+        "operations", "queues", "event_idx"])]
+    pub bars: bool,
+
+    /// Leave with status 1 when a bar is missed or cannot be measured
+    #[arg(long, requires = "bars")]
+    pub strict: bool,
+
     /// Also write the figures to this file, as JSON
     #[arg(long, value_name = "PATH")]
     pub json: Option<PathBuf>,
+
+    /// Also write the figures to this file, as a page with plots
+    #[arg(long, value_name = "PATH")]
+    pub report: Option<PathBuf>,
 }
 
-/// How the driver waits, by name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum WaitingName {
-    /// It looks at the used ring all the time.
-    Polling,
-    /// It sleeps until it is called.
-    Sleeping,
-}
-
-impl WaitingName {
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Polling => "polling",
-            Self::Sleeping => "sleeping",
+impl Options {
+    /// Every combination of the lists; the depth changes first.
+    pub(super) fn cases(&self) -> Vec<Case> {
+        let mut cases = Vec::new();
+        for &waiting in &self.waiting {
+            for &operation in &self.operations {
+                for &event_idx in &self.event_idx {
+                    for &queues in &self.queues {
+                        for &block in &self.blocks {
+                            cases.extend(self.depths.iter().map(|&depth| Case {
+                                waiting,
+                                operation,
+                                block,
+                                queues: queues.into(),
+                                event_idx,
+                                depth,
+                            }));
+                        }
+                    }
+                }
+            }
         }
+        cases
     }
-
-    pub(super) fn waiting(self) -> Waiting {
-        match self {
-            Self::Polling => Waiting::Polling,
-            Self::Sleeping => Waiting::Sleeping,
-        }
-    }
-}
-
-/// What each request does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Operation {
-    /// It reads.
-    Read,
-    /// It writes.
-    Write,
-}
-
-impl Operation {
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Read => "read",
-            Self::Write => "write",
-        }
-    }
-}
-
-/// Whether VIRTIO_F_EVENT_IDX is taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum EventIdx {
-    /// Event indices, where the back end offers them.
-    On,
-    /// Flags.
-    Off,
 }
 
 /// A number of bytes: 512, 4K, 128K, 1G.
@@ -151,12 +156,24 @@ fn size(text: &str) -> Result<u64, String> {
         .ok_or_else(wrong)
 }
 
+/// The length of a request.
+fn block(text: &str) -> Result<u64, String> {
+    let bytes = size(text)?;
+    if bytes <= MAX_BLOCK {
+        Ok(bytes)
+    } else {
+        Err(format!("{text} is more than 1M"))
+    }
+}
+
 fn seconds(text: &str) -> Result<Duration, String> {
     text.parse()
         .ok()
         .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
         .ok_or_else(|| format!("{text} is no number of seconds"))
 }
+
+const MAX_BLOCK: u64 = 1 << 20;
 
 #[cfg(test)]
 mod tests {
@@ -169,8 +186,37 @@ mod tests {
         Options::command().debug_assert();
         let options = Options::try_parse_from(["bench"]).unwrap();
         assert_eq!(options.depths, [1, 32]);
-        assert_eq!(options.block_size, 4096);
+        assert_eq!(options.blocks, [4096]);
         assert_eq!(options.contenders.len(), Contender::DEFAULT.len());
+    }
+
+    #[test]
+    fn lists_make_every_combination_once() {
+        let cases = |line: &str| {
+            let words = std::iter::once("bench").chain(line.split_whitespace());
+            Options::try_parse_from(words).map(|options| options.cases())
+        };
+        let all = cases(
+            "--depths 1,64 --block-size 4K,128K,1M --operation read,write,mixed --queues 1,4 \
+             --event-idx on,off --waiting sleeping",
+        );
+        let all = all.unwrap();
+        assert_eq!(all.len(), 2 * 3 * 3 * 2 * 2);
+        for (at, case) in all.iter().enumerate() {
+            assert!(!all[..at].contains(case), "{case} is there twice");
+        }
+        assert_eq!((all[0].depth, all[1].depth), (1, 64));
+        for wrong in [
+            "--depths 0",
+            "--depths 65",
+            "--queues 5",
+            "--block-size 2M",
+            "--operation trim",
+            "--strict",
+            "--bars --depths 1",
+        ] {
+            assert!(cases(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

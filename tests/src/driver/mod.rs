@@ -36,7 +36,7 @@ use virtio_driver::{
 };
 
 use memory::Memory;
-pub use queue::{Done, Queue};
+pub use queue::{Done, Queue, wait_any};
 
 /// What a front end asks for.
 #[derive(Clone, Debug)]

@@ -223,20 +223,15 @@ impl Queue {
     /// # Errors
     /// `Refused` when the eventfd cannot be waited for or read.
     pub fn wait(&self, limit: Duration) -> Result<bool, DriverError> {
-        let limit = Timespec::try_from(limit).ok();
-        let mut fds = [PollFd::from_borrowed_fd(self.call.as_fd(), PollFlags::IN)];
-        loop {
-            match poll(&mut fds, limit.as_ref()) {
-                Ok(0) => return Ok(false),
-                Ok(_) => break,
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(refused("wait for a call")(errno.into())),
-            }
-        }
+        wait_any(std::slice::from_ref(self), limit)
+    }
+
+    /// Takes the call, if there is one.
+    fn take_call(&self) -> Result<(), DriverError> {
         match self.call.read() {
-            Ok(_) => Ok(true),
+            Ok(_) => Ok(()),
             // The back end may have made the eventfd non-blocking, for it is shared.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             Err(error) => Err(refused("read the call")(error)),
         }
     }
@@ -252,4 +247,31 @@ impl Queue {
     fn vectors(&self, slot: u32, parts: &[Range<usize>]) -> Result<Vec<iovec>, DriverError> {
         parts.iter().map(|part| self.vector(slot, part)).collect()
     }
+}
+
+/// Sleeps until the back end calls on one of the queues; false when it did not for as long as
+/// `limit`.
+///
+/// # Errors
+/// `Refused` when an eventfd cannot be waited for or read.
+pub fn wait_any(queues: &[Queue], limit: Duration) -> Result<bool, DriverError> {
+    let limit = Timespec::try_from(limit).ok();
+    let mut fds: Vec<_> = queues
+        .iter()
+        .map(|queue| PollFd::from_borrowed_fd(queue.call.as_fd(), PollFlags::IN))
+        .collect();
+    loop {
+        match poll(&mut fds, limit.as_ref()) {
+            Ok(0) => return Ok(false),
+            Ok(_) => break,
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(refused("wait for a call")(errno.into())),
+        }
+    }
+    for (queue, fd) in queues.iter().zip(&fds) {
+        if !fd.revents().is_empty() {
+            queue.take_call()?;
+        }
+    }
+    Ok(true)
 }

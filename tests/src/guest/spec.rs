@@ -88,6 +88,8 @@ pub struct DaemonSpec {
     debug_log: bool,
     binary: Option<PathBuf>,
     failpoints: Option<String>,
+    options: Vec<[String; 2]>,
+    under: Vec<String>,
 }
 
 impl DaemonSpec {
@@ -113,6 +115,8 @@ impl DaemonSpec {
             debug_log: false,
             binary: None,
             failpoints: None,
+            options: Vec::new(),
+            under: Vec::new(),
         }
     }
 
@@ -187,6 +191,20 @@ impl DaemonSpec {
         self
     }
 
+    /// One more option, which only vublk has.
+    #[must_use]
+    pub fn option(mut self, name: &str, value: &str) -> Self {
+        self.options.push([name, value].map(str::to_owned));
+        self
+    }
+
+    /// Runs vublk under another program, given with its own arguments.
+    #[must_use]
+    pub fn under(mut self, program: &[&str]) -> Self {
+        self.under = program.iter().copied().map(str::to_owned).collect();
+        self
+    }
+
     /// Starts the daemon and waits until it listens.
     ///
     /// # Errors
@@ -217,10 +235,18 @@ impl DaemonSpec {
     }
 
     fn vublk(&self, socket: &Path) -> Result<Command, GuestError> {
-        let mut command = Command::new(match &self.binary {
+        let binary = match &self.binary {
             Some(binary) => binary.clone(),
             None => vublk_path()?,
-        });
+        };
+        let mut command = match self.under.split_first() {
+            None => Command::new(binary),
+            Some((program, arguments)) => {
+                let mut command = Command::new(program);
+                command.args(arguments).arg(binary);
+                command
+            }
+        };
         let level = if self.debug_log { "debug" } else { "info" };
         let asked = env::var_os("RUST_LOG").filter(|_| !self.debug_log);
         command.env("RUST_LOG", asked.unwrap_or_else(|| level.into()));
@@ -252,6 +278,7 @@ impl DaemonSpec {
         if let Some(engine) = self.engine {
             command.args(["--engine", engine.name()]);
         }
+        command.args(self.options.iter().flatten());
         Ok(command)
     }
 
