@@ -31,7 +31,10 @@ impl Host {
         let commit = ["-C", source, "describe", "--always", "--dirty", "--tags"];
         let file_system = file.and_then(|file| {
             let name = file.to_str()?;
-            first_line(&mut Command::new("stat"), &["-f", "-c", "%T", name])
+            first_line(
+                &mut Command::new("findmnt"),
+                &["--noheadings", "--output=FSTYPE", "--target", name],
+            )
         });
         let facts = [
             ("CPU", model),

@@ -24,7 +24,14 @@ pub(super) fn watch(
     }
     let scratch = Scratch::new()?;
     let mut resting = Vec::new();
-    for &(contender, queues) in wanted {
+    for (index, &(contender, queues)) in wanted.iter().enumerate() {
+        // No two daemons serve one file.
+        let own = scratch.image(&format!("disk-{index}"), bench.options.size)?;
+        let bench = Bench {
+            file: &own,
+            tmpfs: &own,
+            ..*bench
+        };
         bind(bench.cpus.1)?;
         let daemon = bench.daemon(contender, queues).start(&scratch)?;
         bind(bench.cpus.0)?;
