@@ -106,7 +106,6 @@ impl Contender {
     /// What there is to know of it.
     pub(super) fn about(self) -> About {
         const RING: Engine = Engine::IoUring;
-        const POLL: &[(&str, &str)] = &[("--poll", "always")];
         const PIN: &[(&str, &str)] = &[("--pin", "registered")];
         let vublk = |engine, options| Form::Daemon(DaemonKind::Vublk, engine, options);
         let qsd = Form::Daemon(DaemonKind::QemuStorageDaemon, RING, &[]);
@@ -138,6 +137,11 @@ impl Contender {
     /// Whether it is a program of its own that a front end connects to.
     pub(super) fn is_daemon(self) -> bool {
         matches!(self.about().form, Form::Daemon(..))
+    }
+
+    /// Whether it is a daemon that never sleeps.
+    pub(super) fn never_sleeps(self) -> bool {
+        matches!(self.about().form, Form::Daemon(_, _, options) if options == POLL)
     }
 
     /// The program it needs beside this workspace's own.
@@ -172,6 +176,9 @@ impl Contender {
         }
     }
 }
+
+/// The option of a daemon that never sleeps.
+const POLL: &[(&str, &str)] = &[("--poll", "always")];
 
 const POLLING: WaitingName = WaitingName::Polling;
 const SLEEPING: WaitingName = WaitingName::Sleeping;

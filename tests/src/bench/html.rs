@@ -4,7 +4,7 @@ use std::fmt::{self, Display, Formatter};
 
 use super::case::{Case, bytes};
 use super::contender::{Contender, Disk};
-use super::figures::Cell;
+use super::figures::{Cell, Spread};
 use super::latency::Latency;
 use super::plot::{Line, Plot, short};
 use super::report::{Report, mebibytes, number};
@@ -104,11 +104,11 @@ fn plots(f: &mut Formatter<'_>, report: &Report, disk: Disk) -> fmt::Result {
 
 /// The label, the figure and its text.
 type Axis = (&'static str, fn(&Case) -> u64, fn(u64) -> String);
-type Figure = fn(&Cell) -> Option<f64>;
+type Figure = fn(&Cell) -> Option<Spread>;
 
 const BY_DEPTH: [(&str, &str, Figure); 4] = [
     ("throughput", "requests a second", |cell| {
-        Some(1e9 / cell.spread(|sample| sample.nanos).median)
+        Some(cell.spread(|sample| 1e9 / sample.nanos))
     }),
     ("latency, p50", "us", |cell| {
         micros(cell, |latency| latency.p50)
@@ -121,12 +121,17 @@ const BY_DEPTH: [(&str, &str, Figure); 4] = [
     }),
 ];
 
-fn micros(cell: &Cell, part: fn(&Latency) -> f64) -> Option<f64> {
-    Some(part(&cell.latency()?) / 1e3)
+fn micros(cell: &Cell, part: fn(&Latency) -> f64) -> Option<Spread> {
+    let figures = cell
+        .samples
+        .iter()
+        .filter_map(|sample| sample.latency.as_ref());
+    let figures: Vec<_> = figures.map(|latency| part(latency) / 1e3).collect();
+    (!figures.is_empty()).then(|| Spread::of(figures))
 }
 
-fn cpu(cell: &Cell) -> Option<f64> {
-    Some(cell.spread(|sample| sample.cpu).median)
+fn cpu(cell: &Cell) -> Option<Spread> {
+    Some(cell.spread(|sample| sample.cpu))
 }
 
 /// Cells whose cases have the same key, in the order of their first ones.
@@ -147,7 +152,7 @@ fn lines(cells: &[&Cell], x: fn(&Case) -> u64, figure: Figure) -> Vec<Line> {
     let mut lines: Vec<Line> = Vec::new();
     for cell in cells {
         let contender = cell.contender;
-        let point = figure(cell).filter(|y| y.is_finite() && *y > 0.0);
+        let point = figure(cell).filter(|y| y.least > 0.0 && y.most.is_finite());
         let point = point.map(|y| (x(&cell.case), y));
         match lines.iter_mut().find(|line| line.name == contender.name()) {
             Some(line) => line.points.extend(point),
@@ -248,7 +253,8 @@ fn figures(f: &mut Formatter<'_>, report: &Report) -> fmt::Result {
     writeln!(f, "<h2>Figures</h2><p>{}</p>", escaped(&report.method()))?;
     let rows = report.cells.iter().map(|cell| {
         let nanos = cell.spread(|sample| sample.nanos);
-        let part = |part: fn(&Latency) -> f64| number(micros(cell, part), 1);
+        let part =
+            |part: fn(&Latency) -> f64| number(micros(cell, part).map(|figure| figure.median), 1);
         vec![
             cell.case.to_string(),
             cell.contender.name().into(),
@@ -321,10 +327,10 @@ const STYLE: &str = "
 body { background: var(--back); color: var(--text); font: 15px/1.45 system-ui, sans-serif;
   max-width: 1500px; margin: 2em auto; padding: 0 1em; }
 h1, h2, h3 { font-weight: 600; } h2 { margin-top: 2em; border-bottom: 1px solid var(--line); }
-div { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 1em; }
+div { display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 1em; }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 6px; padding: .5em; }
 svg { width: 100%; height: auto; } svg line { stroke: var(--line); }
-svg text { fill: var(--text); font-size: 12px; } svg .title { font-size: 14px; font-weight: 600; }
+svg text { fill: var(--text); font-size: 13px; } svg .title { font-size: 15px; font-weight: 600; }
 figcaption { font-size: 13px; display: flex; flex-wrap: wrap; gap: .2em 1em; }
 figcaption i { display: inline-block; width: 1.8em; vertical-align: middle; margin-right: .4em; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }

@@ -4,11 +4,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::bare::Bare;
-use super::case::{Case, Switch};
+use super::case::{Case, Switch, WaitingName};
 use super::contender::{Contender, Disk, Form};
 use super::figures::{Cell, Sample};
 use super::load::{Load, Progress};
 use super::machine::{Usage, Watched, bind, forget_peak, peak_memory};
+use super::schedule::Schedule;
 use super::spinner::Spinner;
 use super::syscalls::Syscalls;
 use super::{BenchError, Options, fio};
@@ -20,6 +21,8 @@ pub(super) struct Bench<'o> {
     pub(super) options: &'o Options,
     /// The driver's CPU and the back end's.
     pub(super) cpus: (usize, usize),
+    /// How this thread is scheduled.
+    pub(super) schedule: Schedule,
     /// The file that is served.
     pub(super) file: &'o Path,
     /// The file in memory.
@@ -36,17 +39,15 @@ impl Bench<'_> {
     ) -> Result<(), BenchError> {
         let (contender, queues) = turn;
         let scratch = Scratch::new()?;
-        let (driver, back_end) = self.cpus;
-        // Loops of this thread and programs that it starts run on the back end's CPU.
-        bind(back_end)?;
         let form = contender.about().form;
         let daemon = match form {
-            Form::Daemon(..) => Some(self.daemon(contender, queues).start(&scratch)?),
+            Form::Daemon(..) => Some(self.start(contender, queues, &scratch)?),
             Form::Spinner | Form::Bare(_) | Form::Fio => None,
         };
-        if matches!(form, Form::Daemon(..) | Form::Spinner) {
-            bind(driver)?;
-        }
+        // Loops of this thread and programs that it starts run on the back end's CPU.
+        let (driver, back_end) = self.cpus;
+        let is_driver = matches!(form, Form::Daemon(..) | Form::Spinner);
+        bind(if is_driver { driver } else { back_end })?;
         for index in 0..cells.len() {
             let cell = &cells[index];
             if (cell.contender, cell.case.queues) != turn {
@@ -77,8 +78,13 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// How the daemon of a contender is started.
-    pub(super) fn daemon(&self, contender: Contender, queues: usize) -> DaemonSpec {
+    /// Starts the daemon of a contender, and makes this thread its driver.
+    pub(super) fn start(
+        &self,
+        contender: Contender,
+        queues: usize,
+        scratch: &Scratch,
+    ) -> Result<Daemon, BenchError> {
         let about = contender.about();
         let storage = match about.disk {
             Disk::Null => Storage::Null(self.options.size),
@@ -94,7 +100,15 @@ impl Bench<'_> {
                 spec = spec.option(name, value);
             }
         }
-        spec
+        // What is started now inherits the CPU and the schedule.
+        bind(self.cpus.1)?;
+        if contender.never_sleeps() {
+            Schedule::NORMAL.apply()?;
+        }
+        let daemon = spec.start(scratch)?;
+        self.schedule.apply()?;
+        bind(self.cpus.0)?;
+        Ok(daemon)
     }
 
     /// What a front end asks for.
@@ -147,6 +161,9 @@ impl Bench<'_> {
 
     fn bare(&self, case: Case, count: bool) -> Result<Sample, BenchError> {
         let watched = Watched::this_thread()?;
+        if case.waiting == WaitingName::Polling {
+            Schedule::NORMAL.apply()?;
+        }
         let mut bare = Bare::start(self.file, self.options.size, case)?;
         bare.run(self.options.warm_up)?;
         let before = watched.usage()?;
@@ -156,6 +173,8 @@ impl Bench<'_> {
         if count {
             sample.syscalls = syscalls(&watched, || bare.run(self.glance()))?;
         }
+        drop(bare);
+        self.schedule.apply()?;
         Ok(sample)
     }
 

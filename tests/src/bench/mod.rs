@@ -24,6 +24,7 @@ mod plot;
 mod report;
 mod rest;
 mod run;
+mod schedule;
 mod spinner;
 mod syscalls;
 

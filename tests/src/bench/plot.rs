@@ -2,6 +2,8 @@
 
 use std::fmt::{self, Display, Formatter};
 
+use super::figures::Spread;
+
 /// A plot, with units in its labels.
 pub(super) struct Plot {
     pub(super) title: String,
@@ -18,8 +20,8 @@ pub(super) struct Line {
     /// Any of CSS's colours; it has to be seen on white and on black.
     pub(super) colour: &'static str,
     pub(super) is_dashed: bool,
-    /// From left to right, all greater than zero.
-    pub(super) points: Vec<(u64, f64)>,
+    /// From left to right, all greater than zero; a figure that was measured often has ends.
+    pub(super) points: Vec<(u64, Spread)>,
 }
 
 impl Plot {
@@ -29,9 +31,8 @@ impl Plot {
         let mut xs: Vec<u64> = points().map(|&(x, _)| x).collect();
         xs.sort_unstable();
         xs.dedup();
-        let ys = || points().map(|&(_, y)| y);
-        let least = ys().fold(f64::INFINITY, f64::min);
-        let most = ys().fold(0.0, f64::max);
+        let least = points().fold(f64::INFINITY, |least, (_, y)| y.least.min(least));
+        let most = points().fold(0.0, |most: f64, (_, y)| y.most.max(most));
         // A little air above and below, and an axis even for a single figure.
         (!xs.is_empty()).then(|| Bounds {
             xs,
@@ -63,13 +64,13 @@ impl Bounds {
         BOTTOM - part * (BOTTOM - TOP)
     }
 
-    /// Round figures on the y axis: 1, 2 and 5 of every ten, or 1 alone over many.
+    /// Round figures on the y axis, more of every ten the fewer tens there are.
     fn ticks(&self) -> Vec<f64> {
         let decades = (self.most / self.least).log10();
-        let steps: &[f64] = if decades > 2.5 {
-            &[1.0]
-        } else {
-            &[1.0, 2.0, 5.0]
+        let steps: &[f64] = match decades {
+            2.5.. => &[1.0],
+            0.7.. => &[1.0, 2.0, 5.0],
+            _ => &[1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
         };
         let exponents = self.least.log10().floor() as i32..=self.most.log10().ceil() as i32;
         let ticks = exponents
@@ -131,7 +132,8 @@ impl Plot {
     fn line(&self, f: &mut Formatter<'_>, bounds: &Bounds, line: &Line) -> fmt::Result {
         let Line { name, colour, .. } = line;
         let dash = if line.is_dashed { "5 4" } else { "none" };
-        let place = |&(x, y): &(u64, f64)| format!("{:.1},{:.1}", bounds.x(x), bounds.y(y));
+        let place =
+            |(x, y): &(u64, Spread)| format!("{:.1},{:.1}", bounds.x(*x), bounds.y(y.median));
         let points: Vec<_> = line.points.iter().map(place).collect();
         let points = points.join(" ");
         writeln!(
@@ -139,13 +141,16 @@ impl Plot {
             "<polyline points=\"{points}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\" \
              stroke-dasharray=\"{dash}\"/>"
         )?;
-        for &(x, y) in &line.points {
-            let (cx, cy, at) = (bounds.x(x), bounds.y(y), (self.x_text)(x));
-            let (y, label) = (short(y), self.y_label);
+        for (x, y) in &line.points {
+            let (cx, at) = (bounds.x(*x), (self.x_text)(*x));
+            let [least, cy, most] = [y.least, y.median, y.most].map(|y| bounds.y(y));
+            let label = format!("{} {}", short(y.median), self.y_label);
+            let range = format!("{}..{}", short(y.least), short(y.most));
             writeln!(
                 f,
-                "<circle cx=\"{cx:.1}\" cy=\"{cy:.1}\" r=\"3.5\" fill=\"{colour}\">\
-                 <title>{name} at {at}: {y} {label}</title></circle>"
+                "<path d=\"M{cx:.1} {least:.1}V{most:.1}\" stroke=\"{colour}\"/>\
+                 <circle cx=\"{cx:.1}\" cy=\"{cy:.1}\" r=\"3.5\" fill=\"{colour}\">\
+                 <title>{name} at {at}: {label} ({range})</title></circle>"
             )?;
         }
         Ok(())
@@ -214,17 +219,22 @@ mod tests {
             is_dashed: false,
             points,
         };
-        let plot = |points| Plot {
+        let plot = |points: Vec<(u64, f64)>| Plot {
             title: "a plot".into(),
             x_label: "depth",
             y_label: "us",
             x_text: |x| x.to_string(),
-            lines: vec![line(points)],
+            lines: vec![line(
+                points
+                    .into_iter()
+                    .map(|(x, y)| (x, Spread::of(vec![y / 1.2, y, y * 1.2])))
+                    .collect(),
+            )],
         };
         let many = plot(vec![(1, 3.0), (8, 40.0), (64, 900.0)]);
         let bounds = many.bounds().unwrap();
         assert!(bounds.y(900.0) < bounds.y(40.0) && bounds.y(40.0) < bounds.y(3.0));
-        for (x, y) in [(1, 3.0), (64, 900.0)] {
+        for (x, y) in [(1, 3.0 / 1.2), (64, 900.0 * 1.2)] {
             assert!((LEFT..RIGHT).contains(&bounds.x(x)));
             assert!((TOP..BOTTOM).contains(&bounds.y(y)));
         }

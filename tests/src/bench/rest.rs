@@ -8,7 +8,7 @@ use super::case::{Case, Operation, Switch, WaitingName};
 use super::contender::Contender;
 use super::figures::Idle;
 use super::load::Load;
-use super::machine::{Usage, Watched, bind, own_memory};
+use super::machine::{Usage, Watched, own_memory};
 use super::measure::Bench;
 use crate::driver::{Queue, connect};
 use crate::guest::{Daemon, Scratch};
@@ -32,9 +32,7 @@ pub(super) fn watch(
             tmpfs: &own,
             ..*bench
         };
-        bind(bench.cpus.1)?;
-        let daemon = bench.daemon(contender, queues).start(&scratch)?;
-        bind(bench.cpus.0)?;
+        let daemon = bench.start(contender, queues, &scratch)?;
         resting.push(Resting::begin(contender, queues, daemon)?);
     }
     // Whoever goes on looking for a little while after the last request may do so.

@@ -9,6 +9,7 @@ use super::image::Tmpfs;
 use super::machine::usable_cpus;
 use super::measure::Bench;
 use super::report::Report;
+use super::schedule::Schedule;
 use super::{BenchError, Options, bars, image, instructions, rest};
 use crate::guest::DaemonKind;
 
@@ -37,6 +38,7 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
     let bench = Bench {
         options,
         cpus,
+        schedule: Schedule::current()?,
         file: file.as_deref().unwrap_or(Path::new("")),
         tmpfs: tmpfs.as_ref().map_or(Path::new(""), Tmpfs::path),
     };
