@@ -88,67 +88,67 @@ use Wanted::{AtLeast, AtMost, Below};
 
 const BARS: [Bar; 21] = [
     Bar {
-        name: "null, depth 32, polling driver: by qsd",
+        name: "null, depth 32, polling driver, against qsd",
         figure: Speed((VublkNull, Polling, 32, 4), (QsdNull, Polling, 32, 4)),
         wanted: AtLeast(5.0),
     },
     Bar {
-        name: "null, depth 1, polling driver: by the bare ring",
+        name: "null, depth 1, polling driver, against the bare ring",
         figure: Speed((VublkNull, Polling, 1, 4), (Ring, Polling, 1, 4)),
         wanted: AtLeast(0.8),
     },
     Bar {
-        name: "null, depth 32, sleeping driver: by qsd",
+        name: "null, depth 32, sleeping driver, against qsd",
         figure: Speed((VublkNull, Sleeping, 32, 4), (QsdNull, Sleeping, 32, 4)),
         wanted: AtLeast(2.3),
     },
     Bar {
-        name: "file, depth 32, polling driver: by fio",
+        name: "file, depth 32, polling driver, against fio",
         figure: Speed((VublkFile, Polling, 32, 4), (Fio, Polling, 32, 4)),
         wanted: AtLeast(0.95),
     },
     Bar {
-        name: "file, depth 32: CPU time by a sleeping io_uring loop's",
+        name: "file, depth 32: CPU time, against a sleeping io_uring loop",
         figure: Cpu((VublkFile, Polling, 32, 4), (UringSleep, Polling, 32, 4)),
         wanted: AtMost(1.25),
     },
     Bar {
-        name: "file, depth 32: CPU time by qsd's",
+        name: "file, depth 32: CPU time, against qsd",
         figure: Cpu((VublkFile, Polling, 32, 4), (QsdFile, Polling, 32, 4)),
         wanted: AtMost(0.6),
     },
     Bar {
-        name: "file, depth 32, --poll always: by a spinning io_uring loop",
+        name: "file, depth 32, --poll always, against a spinning io_uring loop",
         figure: Speed((VublkPollFile, Polling, 32, 4), (UringSpin, Polling, 32, 4)),
         wanted: AtLeast(0.95),
     },
     Bar {
-        name: "file, depth 1, --poll always: by a spinning io_uring loop",
+        name: "file, depth 1, --poll always, against a spinning io_uring loop",
         figure: Speed((VublkPollFile, Polling, 1, 4), (UringSpin, Polling, 1, 4)),
         wanted: AtLeast(0.95),
     },
     Bar {
-        name: "file, depth 1, polling driver: by a sleeping io_uring loop",
+        name: "file, depth 1, polling driver, against a sleeping io_uring loop",
         figure: Speed((VublkFile, Polling, 1, 4), (UringSleep, Polling, 1, 4)),
         wanted: AtLeast(0.95),
     },
     Bar {
-        name: "file, depth 1, sleeping driver: by qsd",
+        name: "file, depth 1, sleeping driver, against qsd",
         figure: Speed((VublkFile, Sleeping, 1, 4), (QsdFile, Sleeping, 1, 4)),
         wanted: AtLeast(1.4),
     },
     Bar {
-        name: "file, depth 1, sleeping driver, --poll always: by qsd",
+        name: "file, depth 1, sleeping driver, --poll always, against qsd",
         figure: Speed((VublkPollFile, Sleeping, 1, 4), (QsdFile, Sleeping, 1, 4)),
         wanted: AtLeast(2.0),
     },
     Bar {
-        name: "tmpfs, depth 32, polling driver: by qsd",
+        name: "tmpfs, depth 32, polling driver, against qsd",
         figure: Speed((VublkTmpfs, Polling, 32, 4), (QsdTmpfs, Polling, 32, 4)),
         wanted: AtLeast(2.0),
     },
     Bar {
-        name: "file, 128K, depth 32, polling driver: by fio",
+        name: "file, 128K, depth 32, polling driver, against fio",
         figure: Speed((VublkFile, Polling, 32, 128), (Fio, Polling, 32, 128)),
         wanted: AtLeast(1.0),
     },
@@ -378,10 +378,10 @@ mod tests {
                 vec![sample(50.0), sample(100.0), sample(40.0)]
             };
         }
-        let null = verdict(&report, "null, depth 32, polling driver: by qsd");
+        let null = verdict(&report, "null, depth 32, polling driver, against qsd");
         assert_eq!(null.measured.as_deref(), Some("5.00 x (4.00..5.00)"));
         assert_eq!((null.wanted.as_str(), null.word()), (">= 5 x", "met"));
-        let file = verdict(&report, "file, depth 32: CPU time by qsd's");
+        let file = verdict(&report, "file, depth 32: CPU time, against qsd");
         assert_eq!((file.wanted.as_str(), file.word()), ("<= 0.6 x", "missed"));
         let calls = verdict(&report, "system calls a request: null, depth 32");
         assert_eq!((calls.wanted.as_str(), calls.word()), ("< 0.1", "missed"));

@@ -1,4 +1,8 @@
 //! A measuring stick: fio on the file, as everybody knows it.
+//!
+//! fio hands each request to the kernel by itself, where the other contenders hand over all that
+//! came together. That costs CPU time, and storage which begins with the first of them at once is
+//! faster for it, by a seventh at depth 32 on a virtual disk.
 
 use std::path::Path;
 use std::process::Command;

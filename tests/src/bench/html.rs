@@ -327,14 +327,15 @@ const STYLE: &str = "
 body { background: var(--back); color: var(--text); font: 15px/1.45 system-ui, sans-serif;
   max-width: 1500px; margin: 2em auto; padding: 0 1em; }
 h1, h2, h3 { font-weight: 600; } h2 { margin-top: 2em; border-bottom: 1px solid var(--line); }
-div { display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 1em; }
+div { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1em; }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 6px; padding: .5em; }
 svg { width: 100%; height: auto; } svg line { stroke: var(--line); }
 svg text { fill: var(--text); font-size: 13px; } svg .title { font-size: 15px; font-weight: 600; }
 figcaption { font-size: 13px; display: flex; flex-wrap: wrap; gap: .2em 1em; }
 figcaption i { display: inline-block; width: 1.8em; vertical-align: middle; margin-right: .4em; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
-td, th { border-bottom: 1px solid var(--line); padding: .15em .8em; text-align: right; }
+td, th { border-bottom: 1px solid var(--line); padding: .15em .7em; text-align: right; }
+td { white-space: nowrap; } th { vertical-align: bottom; }
 td:first-child, th:first-child, td:nth-child(2):last-child { text-align: left; }
 .met td:last-child { color: #22a35a; } .missed td:last-child { color: #e5484d; }
 ";

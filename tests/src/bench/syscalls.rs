@@ -20,7 +20,8 @@ impl Syscalls {
     /// The kernel's: without rights, or where tracefs is not mounted.
     pub(super) fn watch(threads: &[u32]) -> io::Result<Self> {
         let instance = Path::new(TRACING).join(format!("instances/vublk-bench-{}", process::id()));
-        fs::create_dir(&instance)?;
+        // One that a killed process of the same id left behind serves as well.
+        fs::create_dir_all(&instance)?;
         let syscalls = Self { instance };
         let list: Vec<_> = threads.iter().map(u32::to_string).collect();
         // The list is for the events of this instance; the filter is there before any event.
@@ -42,8 +43,7 @@ impl Syscalls {
 
 impl Drop for Syscalls {
     fn drop(&mut self) {
-        // It is the kernel's folder: one call takes it away with everything in it. What cannot be
-        // removed is told by the next one, which finds the name taken.
+        // It is the kernel's folder: one call takes it away with everything in it.
         let _ = fs::remove_dir(&self.instance);
     }
 }
