@@ -1,8 +1,8 @@
 //! A measuring stick: fio on the file, as everybody knows it.
 //!
 //! fio hands each request to the kernel by itself, where the other contenders hand over all that
-//! came together. That costs CPU time, and storage which begins with the first of them at once is
-//! faster for it, by a seventh at depth 32 on a virtual disk.
+//! came together. Storage that begins with the first of them at once is faster for it: on a virtual
+//! disk, at depth 32, by a fifth, and the bare loop would be as fast as fio if it did the same.
 
 use std::path::Path;
 use std::process::Command;

@@ -211,6 +211,16 @@ const DATA: u64 = 4096;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::frontend::Served;
+
+    #[test]
+    fn batches_are_served_under_every_setting() {
+        let served = Served::start().unwrap();
+        for (setting, depth) in Setting::ALL.into_iter().zip([1, 32, 63, 64]) {
+            drive(served.path(), setting, depth, 3).unwrap();
+        }
+        served.stop().unwrap();
+    }
 
     #[test]
     fn the_sum_is_found() {
