@@ -23,6 +23,10 @@ fi
 
 cargo build --release -p vublk -p vublk-tests --bin vublk --bin bench
 
+# Two measurements at a time would be of each other.
+exec 9>"${TMPDIR:-/tmp}/vublk-bench.lock"
+flock --nonblock 9 || { echo "waiting for another benchmark on this machine" >&2; flock 9; }
+
 # Whatever else runs on this machine waits for the measurement. Real-time priority does that, except
 # for loops that never sleep; those are niced, and so is this session, for the kernel shares CPUs
 # between sessions first.
@@ -37,4 +41,4 @@ else
     echo "no real-time priority: other programs get their share of the CPUs" >&2
 fi
 
-env VUBLK_BIN="$target/release/vublk" "${priority[@]}" "$target/release/bench" "$@"
+env VUBLK_BIN="$target/release/vublk" "${priority[@]}" "$target/release/bench" "$@" 9>&-

@@ -72,7 +72,7 @@ impl Bare {
         Ok(bare)
     }
 
-    /// Goes on for `time`.
+    /// Goes on for `time`, and until something came back.
     pub(super) fn run(&mut self, time: Duration) -> Result<Progress, BenchError> {
         let start = Instant::now();
         let mut requests = 0;
@@ -87,7 +87,7 @@ impl Bare {
                 self.request(slot)?;
             }
             let elapsed = start.elapsed();
-            if elapsed >= time {
+            if elapsed >= time && requests > 0 {
                 return Ok(Progress { requests, elapsed });
             }
         }

@@ -356,6 +356,7 @@ mod tests {
             cpu: nanos / 2.0,
             sleeps: 0.0,
             preempted: 0.0,
+            waited: 0.0,
             latency: None,
             syscalls: Some(0.1),
             memory: None,

@@ -17,6 +17,9 @@ pub struct Sample {
     pub sleeps: f64,
     /// How often a thread of the back end had to make room for another.
     pub preempted: f64,
+    /// The part of the time in which the driver or the back end could have run but had no CPU,
+    /// because of something else on this machine.
+    pub waited: f64,
     /// How long requests took.
     pub latency: Option<Latency>,
     /// System calls of the back end, where they can be counted; in the first round only.
@@ -68,6 +71,12 @@ impl Cell {
         })
     }
 
+    /// Measurements during which this machine was busy with something else for a good part.
+    pub(super) fn disturbed(&self) -> usize {
+        let is_disturbed = |sample: &&Sample| sample.waited > DISTURBED;
+        self.samples.iter().filter(is_disturbed).count()
+    }
+
     /// Its part of a report.
     pub(super) fn json(&self) -> Value {
         let samples: Vec<_> = self.samples.iter().map(|sample| sample.nanos).collect();
@@ -77,6 +86,7 @@ impl Cell {
         cell["cpu_ns"] = self.spread(|sample| sample.cpu).json();
         cell["sleeps"] = self.spread(|sample| sample.sleeps).json();
         cell["preempted"] = self.spread(|sample| sample.preempted).json();
+        cell["waited"] = self.spread(|sample| sample.waited).json();
         cell["latency_ns"] = self.latency().map_or(Value::Null, |latency| latency.json());
         cell["syscalls"] = self.median(|sample| sample.syscalls).into();
         cell["peak_memory"] = self.median(|sample| sample.memory).into();
@@ -145,6 +155,9 @@ impl Spread {
         json!({ "median": self.median, "least": self.least, "most": self.most })
     }
 }
+
+/// More than sleeping threads wait for a CPU at each of their wake-ups.
+const DISTURBED: f64 = 0.2;
 
 #[cfg(test)]
 mod tests {

@@ -89,6 +89,8 @@ fn parse(report: &Value) -> Result<Told, BenchError> {
         usage: Usage {
             cpu: (busy * elapsed.as_nanos() as f64) as u64,
             sleeps: number(job, "ctx")? as u64,
+            // fio does not tell.
+            waited: 0,
             preempted: 0,
         },
         latency: Latency {

@@ -264,6 +264,7 @@ fn figures(f: &mut Formatter<'_>, report: &Report) -> fmt::Result {
             format!("{:.0}", cell.spread(|sample| sample.cpu).median),
             format!("{:.3}", cell.spread(|sample| sample.sleeps).median),
             format!("{:.4}", cell.spread(|sample| sample.preempted).median),
+            format!("{:.1}", cell.spread(|sample| sample.waited).median * 100.0),
             number(cell.median(|sample| sample.syscalls), 3),
             part(|latency| latency.p50),
             part(|latency| latency.p99),
@@ -305,7 +306,7 @@ fn escaped(text: &str) -> String {
     text.replace('<', "&lt;").replace('>', "&gt;")
 }
 
-const FIGURES: [&str; 13] = [
+const FIGURES: [&str; 14] = [
     "case",
     "contender",
     "ns/request",
@@ -314,6 +315,7 @@ const FIGURES: [&str; 13] = [
     "CPU ns/request",
     "sleeps/request",
     "preempted/request",
+    "waited for a CPU, %",
     "system calls/request",
     "p50, us",
     "p99, us",

@@ -58,7 +58,7 @@ impl<'q> Load<'q> {
         Ok(load)
     }
 
-    /// Goes on for `time`.
+    /// Goes on for `time`, and until something came back.
     pub(super) fn run(&mut self, time: Duration) -> Result<Progress, BenchError> {
         let start = Instant::now();
         let mut requests = 0;
@@ -74,7 +74,7 @@ impl<'q> Load<'q> {
             looks = 0;
             let now = Instant::now();
             let elapsed = now - start;
-            if elapsed >= time {
+            if elapsed >= time && requests > 0 {
                 return Ok(Progress { requests, elapsed });
             }
             if requests > progress.0 {

@@ -30,6 +30,8 @@ pub(super) fn bind(cpu: usize) -> Result<(), BenchError> {
 pub(super) struct Usage {
     /// Time on a CPU, in nanoseconds.
     pub(super) cpu: u64,
+    /// Time in which a thread could have run but had no CPU, in nanoseconds.
+    pub(super) waited: u64,
     /// How often a thread went to sleep.
     pub(super) sleeps: u64,
     /// How often a thread had to make room for another.
@@ -61,6 +63,7 @@ impl Watched {
                 continue;
             };
             sum.cpu += usage.cpu;
+            sum.waited += usage.waited;
             sum.sleeps += usage.sleeps;
             sum.preempted += usage.preempted;
         }
@@ -114,8 +117,10 @@ fn memory(pid: u32, key: &str) -> Result<u64, BenchError> {
 fn thread_usage(folder: &Path) -> Option<Usage> {
     let schedstat = fs::read_to_string(folder.join("schedstat")).ok()?;
     let status = fs::read_to_string(folder.join("status")).ok()?;
+    let mut times = schedstat.split_whitespace().map(str::parse);
     Some(Usage {
-        cpu: schedstat.split_whitespace().next()?.parse().ok()?,
+        cpu: times.next()?.ok()?,
+        waited: times.next()?.ok()?,
         sleeps: number(&status, "voluntary_ctxt_switches:")?,
         preempted: number(&status, "nonvoluntary_ctxt_switches:")?,
     })

@@ -147,9 +147,12 @@ impl Bench<'_> {
         let mut queues = connect(socket, &Self::spec(&case))?;
         let mut load = Load::start(&mut queues, case)?;
         load.run(self.options.warm_up)?;
-        let before = watched.usage()?;
+        let driver = Watched::this_thread()?;
+        let before = (driver.usage()?, watched.usage()?);
         let progress = load.run(self.options.seconds)?;
-        let mut sample = sample(progress, before, watched.usage()?);
+        let driven = sample(progress, before.0, driver.usage()?);
+        let mut sample = sample(progress, before.1, watched.usage()?);
+        sample.waited = sample.waited.max(driven.waited);
         sample.latency = load.latency(self.glance())?;
         if count {
             sample.syscalls = syscalls(watched, || load.run(self.glance()))?;
@@ -218,11 +221,13 @@ fn syscalls(
 fn sample(progress: Progress, before: Usage, after: Usage) -> Sample {
     let requests = progress.requests.max(1) as f64;
     let each = |before: u64, after: u64| after.saturating_sub(before) as f64 / requests;
+    let elapsed = progress.elapsed.as_nanos() as f64;
     Sample {
-        nanos: progress.elapsed.as_nanos() as f64 / requests,
+        nanos: elapsed / requests,
         cpu: each(before.cpu, after.cpu),
         sleeps: each(before.sleeps, after.sleeps),
         preempted: each(before.preempted, after.preempted),
+        waited: after.waited.saturating_sub(before.waited) as f64 / elapsed,
         latency: None,
         syscalls: None,
         memory: None,

@@ -60,11 +60,18 @@ impl Report {
         self.verdicts.iter().all(|verdict| verdict.is_met)
     }
 
-    /// How it was measured, in one sentence.
+    /// How it was measured, and whether the machine was quiet.
     pub(super) fn method(&self) -> String {
+        let samples: usize = self.cells.iter().map(|cell| cell.samples.len()).sum();
+        let disturbed: usize = self.cells.iter().map(Cell::disturbed).sum();
+        let warning = if disturbed > 0 {
+            format!(" This machine was busy: {disturbed} of {samples} measurements are disturbed.")
+        } else {
+            String::new()
+        };
         format!(
             "Random requests; driver on CPU {}, back end on CPU {}; medians of {} rounds of {:?} \
-             (least..most).",
+             (least..most).{warning}",
             self.cpus.0, self.cpus.1, self.options.rounds, self.options.seconds,
         )
     }
@@ -76,7 +83,7 @@ impl Report {
                 writeln!(f, "\n{}", cell.case)?;
                 writeln!(
                     f,
-                    "  {:<18}{:>10} {:<19}{:>8}{:>9}{:>8}{:>9}{:>9}{:>8}{:>8}{:>9}{:>8}",
+                    "  {:<18}{:>10} {:<19}{:>8}{:>9}{:>8}{:>9}{:>9}{:>9}{:>9}{:>9}{:>9}{:>8}",
                     "",
                     "ns/request",
                     "",
@@ -84,6 +91,7 @@ impl Report {
                     "CPU ns",
                     "sleeps",
                     "preempt.",
+                    "waited %",
                     "syscalls",
                     "p50 us",
                     "p99 us",
@@ -130,13 +138,13 @@ impl Display for Report {
         }
         if !self.verdicts.is_empty() {
             let (name, wanted, measured) = ("bar", "wanted", "measured");
-            writeln!(f, "\n{name:<60} | {wanted:<10} | {measured:<24} | verdict")?;
+            writeln!(f, "\n{name:<64} | {wanted:<10} | {measured:<24} | verdict")?;
         }
         for verdict in &self.verdicts {
             let Verdict { name, wanted, .. } = verdict;
             let measured = verdict.measured.as_deref().unwrap_or("-");
             let word = verdict.word();
-            writeln!(f, "{name:<60} | {wanted:<10} | {measured:<24} | {word}")?;
+            writeln!(f, "{name:<64} | {wanted:<10} | {measured:<24} | {word}")?;
         }
         for (contender, why) in &self.missing {
             writeln!(f, "\n{} is left out: {why}", contender.name())?;
@@ -154,7 +162,7 @@ fn row(cell: &Cell, f: &mut Formatter<'_>) -> fmt::Result {
     };
     writeln!(
         f,
-        "  {:<18}{:>10.0} {:<19}{:>8.1}{:>9.0}{:>8.3}{:>9.4}{:>9}{:>8}{:>8}{:>9}{:>8}",
+        "  {:<18}{:>10.0} {:<19}{:>8.1}{:>9.0}{:>8.3}{:>9.4}{:>9.1}{:>9}{:>9}{:>9}{:>9}{:>8}",
         cell.contender.name(),
         nanos.median,
         range,
@@ -162,6 +170,7 @@ fn row(cell: &Cell, f: &mut Formatter<'_>) -> fmt::Result {
         cell.spread(|sample| sample.cpu).median,
         cell.spread(|sample| sample.sleeps).median,
         cell.spread(|sample| sample.preempted).median,
+        cell.spread(|sample| sample.waited).median * 100.0,
         number(cell.median(|sample| sample.syscalls), 3),
         micros(|latency| latency.p50),
         micros(|latency| latency.p99),
@@ -215,6 +224,7 @@ pub(super) mod tests {
                     cpu: nanos / 2.0,
                     sleeps: 0.25,
                     preempted: 0.0,
+                    waited: 0.0,
                     latency: Some(Latency {
                         p50: nanos,
                         p99: 2.0 * nanos,
@@ -250,6 +260,15 @@ pub(super) mod tests {
         );
         assert!(cell["syscalls"].is_null());
         assert_eq!(cell["samples_ns"].as_array().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_busy_machine_is_told() {
+        let mut report = filled("--depths 1 --contenders vublk-null,fio --waiting polling");
+        assert!(!report.to_string().contains("busy"), "{report}");
+        report.cells[1].samples[0].waited = 0.5;
+        let told = "This machine was busy: 1 of 2 measurements are disturbed.";
+        assert!(report.to_string().contains(told), "{report}");
     }
 
     #[test]
