@@ -4,6 +4,7 @@
 # The file that is served is made in the target folder, fully written, unless --file names one.
 # Without options it takes about five minutes and writes target/bench/report.html and report.json;
 # --bars says whether vublk is as fast as it has to be, --instructions counts what a request costs.
+# VUBLK_BIN names another build to be measured.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=packages.sh
 . "$(dirname "$0")/packages.sh"
@@ -41,4 +42,4 @@ else
     echo "no real-time priority: other programs get their share of the CPUs" >&2
 fi
 
-env VUBLK_BIN="$target/release/vublk" "${priority[@]}" "$target/release/bench" "$@" 9>&-
+env VUBLK_BIN="${VUBLK_BIN:-$target/release/vublk}" "${priority[@]}" "$target/release/bench" "$@" 9>&-

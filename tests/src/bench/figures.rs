@@ -17,8 +17,8 @@ pub struct Sample {
     pub sleeps: f64,
     /// How often a thread of the back end had to make room for another.
     pub preempted: f64,
-    /// The part of the time in which the driver or the back end could have run but had no CPU,
-    /// because of something else on this machine.
+    /// The part of the time in which the driver or the back end could have run but had no CPU. With
+    /// one busy thread on each, that is for something else on this machine.
     pub waited: f64,
     /// How long requests took.
     pub latency: Option<Latency>,

@@ -30,7 +30,8 @@ pub(super) fn bind(cpu: usize) -> Result<(), BenchError> {
 pub(super) struct Usage {
     /// Time on a CPU, in nanoseconds.
     pub(super) cpu: u64,
-    /// Time in which a thread could have run but had no CPU, in nanoseconds.
+    /// Time in which a thread could have run but had no CPU, in nanoseconds; without that of the
+    /// helpers of an io_uring.
     pub(super) waited: u64,
     /// How often a thread went to sleep.
     pub(super) sleeps: u64,
@@ -117,10 +118,12 @@ fn memory(pid: u32, key: &str) -> Result<u64, BenchError> {
 fn thread_usage(folder: &Path) -> Option<Usage> {
     let schedstat = fs::read_to_string(folder.join("schedstat")).ok()?;
     let status = fs::read_to_string(folder.join("status")).ok()?;
+    // Those work for another thread of the process, which is what keeps them waiting.
+    let is_helper = status.starts_with("Name:\tiou-");
     let mut times = schedstat.split_whitespace().map(str::parse);
     Some(Usage {
         cpu: times.next()?.ok()?,
-        waited: times.next()?.ok()?,
+        waited: times.next()?.ok().filter(|_| !is_helper).unwrap_or(0),
         sleeps: number(&status, "voluntary_ctxt_switches:")?,
         preempted: number(&status, "nonvoluntary_ctxt_switches:")?,
     })
