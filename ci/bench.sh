@@ -18,7 +18,7 @@ if [ "$(id -u)" = 0 ]; then
 fi
 
 if [ $# = 0 ]; then
-    set -- --depths 1,8,32 --block-size 4K,64K --rounds 5 --seconds 0.4 --warm-up 0.1 \
+    set -- --depths 1,8,32 --block-size 4K,64K --rounds 4 --seconds 0.4 --warm-up 0.1 \
         --json "$target/bench/report.json" --report "$target/bench/report.html"
 fi
 
