@@ -95,8 +95,11 @@ impl DirtyLog for SharedLog {
         let Some(beyond) = len.checked_sub(1) else {
             return;
         };
-        let last = guest.saturating_add(beyond) / LOG_PAGE;
         let mut page = guest / LOG_PAGE;
+        if beyond < LOG_PAGE && guest % LOG_PAGE < LOG_PAGE.wrapping_sub(beyond) {
+            return self.or(page & !63, 1 << (page & 63));
+        }
+        let last = guest.saturating_add(beyond) / LOG_PAGE;
         while page <= last {
             let first = page & !63;
             let in_word = last.min(first | 63);

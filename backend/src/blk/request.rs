@@ -102,7 +102,7 @@ pub struct Malformed {
 
 /// Writes the status byte of a chain that is refused before it is a request, and marks it in the
 /// dirty log if there is one.
-pub fn refuse(slot: &StatusSlot, hold: &Hold, status: Status, log: Option<&dyn DirtyLog>) {
+pub fn refuse<L: DirtyLog>(slot: &StatusSlot, hold: &Hold, status: Status, log: Option<&L>) {
     slot.write(hold, status.byte());
     if let Some(log) = log {
         log.mark(slot.guest(), STATUS_BYTES.into());
@@ -194,12 +194,12 @@ impl Request {
     /// With a `log`, everything that was written is marked in it: all of the memory, since the
     /// device may have written to what it says it did not reach, and the status.
     #[inline(always)]
-    pub fn finish(
+    pub fn finish<L: DirtyLog>(
         self,
         hold: Hold,
         moved: usize,
         status: Status,
-        log: Option<&dyn DirtyLog>,
+        log: Option<&L>,
     ) -> Used {
         let Request {
             head,
@@ -232,7 +232,7 @@ impl Request {
 
     /// Ends the request without an answer: its front end is gone, or will ask again. What the
     /// device may have written is marked in the `log` all the same, if there is one.
-    pub fn abandon(self, hold: Hold, log: Option<&dyn DirtyLog>) {
+    pub fn abandon<L: DirtyLog>(self, hold: Hold, log: Option<&L>) {
         let Request {
             room, status, owed, ..
         } = self;
@@ -246,7 +246,8 @@ impl Request {
 
 /// Marks all that a request may have written. The addresses are those the chain was walked with:
 /// the driver may have changed its descriptors since.
-fn mark(room: &Room, slot: &StatusSlot, log: &dyn DirtyLog) {
+#[inline]
+fn mark<L: DirtyLog>(room: &Room, slot: &StatusSlot, log: &L) {
     if skips("skip-marks") {
         return;
     }

@@ -58,7 +58,8 @@ impl Room {
     }
 
     /// Marks all of it, wherever it was left.
-    pub(super) fn mark(&self, log: &dyn DirtyLog) {
+    #[inline]
+    pub(super) fn mark<L: DirtyLog>(&self, log: &L) {
         match (&self.lists, self.plain) {
             (Some(lists), _) if lists.must_log() => {
                 for segment in lists.segments() {

@@ -18,6 +18,9 @@ use crate::limits::{MAX_RANGES, MAX_REQUEST_BYTES, MAX_SEGMENTS};
 use crate::testing::{Descriptor, DriverRing, Ram};
 use crate::vring::Used;
 
+/// Nothing is logged.
+const NO_LOG: Option<&iov_iter::SharedLog> = None;
+
 const LIMITS: ChainLimits = ChainLimits {
     max_segments: MAX_SEGMENTS,
     max_bytes: u32::MAX as u64,
@@ -128,7 +131,7 @@ impl Guest {
         let len = request.dest().count();
         let admitted = header.admit(&mut source, len, &hold, profile, driver, &mut ranges);
         let status = admitted.as_ref().err().copied().unwrap_or(Status::Ok);
-        let used = request.finish(hold, len, status, None);
+        let used = request.finish(hold, len, status, NO_LOG);
         assert_eq!(
             used.len as usize,
             self.written().len(),
@@ -202,7 +205,7 @@ fn a_request_may_have_the_most_bytes_and_no_more() {
     let len = request.dest().count();
     let found = header.admit(&mut source, len, &hold, &big, driver(), &mut Vec::new());
     assert_eq!(found, Err(Status::IoErr));
-    request.abandon(hold, None);
+    request.abandon(hold, NO_LOG);
 }
 
 #[test]
@@ -210,7 +213,7 @@ fn what_is_beyond_the_most_bytes_is_not_zeroed() {
     let guest = Guest::new(&[&header(99, 0)], &[MAX_REQUEST_BYTES, 512, 1]);
     let (request, _, _, hold) = guest.parse().unwrap();
     assert_eq!(
-        request.finish(hold, 0, Status::Unsupp, None),
+        request.finish(hold, 0, Status::Unsupp, NO_LOG),
         Used { head: 0, len: 0 }
     );
     let written = guest.written();
@@ -316,7 +319,7 @@ fn unknown_types_are_unsupported_and_zeroed() {
         let found = header.admit(&mut source, len, &hold, &profile(), driver(), &mut ranges);
         assert_eq!(found, Err(Status::Unsupp));
         assert_eq!(
-            request.finish(hold, 0, Status::Unsupp, None),
+            request.finish(hold, 0, Status::Unsupp, NO_LOG),
             Used { head: 0, len: 33 }
         );
         assert_eq!(guest.written(), [&[0; 32][..], &[2]].concat());
@@ -412,7 +415,10 @@ fn the_serial_fills_what_room_there_is() {
         let (mut request, header, _, hold) = guest.parse().unwrap();
         assert_eq!(header.kind, Kind::GetId);
         let moved = request.identify(&hold, &serial);
-        assert_eq!(request.finish(hold, moved, Status::Ok, None).len, room + 1);
+        assert_eq!(
+            request.finish(hold, moved, Status::Ok, NO_LOG).len,
+            room + 1
+        );
         let mut expected: Vec<u8> = serial.to_vec();
         expected.resize(room as usize, 0);
         expected.push(0);
@@ -425,7 +431,7 @@ fn a_failed_read_is_zeroed_from_where_it_stopped() {
     let guest = Guest::new(&[&header(IN, 0)], &[512, 512, 1]);
     let (request, _, _, hold) = guest.parse().unwrap();
     assert_eq!(
-        request.finish(hold, 700, Status::IoErr, None),
+        request.finish(hold, 700, Status::IoErr, NO_LOG),
         Used { head: 0, len: 1025 }
     );
     assert_eq!(
@@ -574,7 +580,7 @@ fn an_abandoned_request_writes_nothing() {
     let guest = Guest::new(&[&header(IN, 0)], &[512, 1]);
     let (request, _, _, hold) = guest.parse().unwrap();
     assert_eq!(guest.ram.view.holds(), 1);
-    request.abandon(hold, None);
+    request.abandon(hold, NO_LOG);
     assert_eq!(guest.ram.view.holds(), 0);
     assert_eq!(guest.written(), [STALE; 513]);
 }

@@ -3,7 +3,6 @@
 use thiserror::Error;
 
 use super::{QueueRegion, Recovered};
-use crate::failpoint::reached;
 
 /// A chain that cannot be in flight. Every chain has at least one descriptor of its own (virtio
 /// 2.7.13.1), so the driver offers what it does not have.
@@ -38,7 +37,9 @@ pub struct Inflight {
 struct Record {
     region: QueueRegion,
     counter: u64,
-    /// Heads that were linked since the last batch was published.
+    /// The head that was linked most recently.
+    last: u16,
+    /// Heads whose used elements were written since the last batch was published.
     batch: Vec<u16>,
 }
 
@@ -62,6 +63,7 @@ impl Inflight {
             limit: size,
             entered: u16::try_from(heads.len()).unwrap_or(size),
             record: Some(Record {
+                last: region.last(),
                 region,
                 counter,
                 batch: Vec::with_capacity(size.into()),
@@ -96,10 +98,9 @@ impl Inflight {
             return Err(EnterError::NoSuchHead { head, size });
         }
         if let Some(record) = &mut self.record {
-            if record.region.is_recorded(head) {
+            if !record.region.enter(head, record.counter) {
                 return Err(EnterError::Twice(head));
             }
-            record.region.enter(head, record.counter);
             record.counter = record.counter.wrapping_add(1);
         }
         self.entered += 1;
@@ -108,21 +109,26 @@ impl Inflight {
 
     /// The used element of a chain was written; the driver sees it with the next batch.
     #[inline]
-    pub fn link(&mut self, head: u16) {
+    pub fn used(&mut self, head: u16) {
         if let Some(record) = &mut self.record {
-            record.region.link(head);
             record.batch.push(head);
         }
     }
 
-    /// What was linked has been published, up to the used index `used`.
+    /// The batch is about to be published: a successor can find out what belongs to it.
+    #[inline]
+    pub fn link(&mut self) {
+        if let Some(record) = &mut self.record {
+            record.region.link(&record.batch, record.last);
+        }
+    }
+
+    /// The batch has been published, up to the used index `used`.
     #[inline]
     pub fn clear(&mut self, used: u16) {
         if let Some(record) = &mut self.record {
-            for head in record.batch.drain(..) {
-                record.region.clear(head);
-                reached("cleared");
-            }
+            record.last = record.region.clear(&record.batch, record.last);
+            record.batch.clear();
             record.region.close(used);
         }
     }
@@ -137,6 +143,8 @@ impl Inflight {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use super::super::Region;
     use super::*;
 
@@ -160,7 +168,8 @@ mod tests {
         let (mut inflight, _) = Inflight::recover(8, region.queue(0, 8).unwrap(), 0);
         assert_eq!(inflight.enter(3), Ok(()));
         assert_eq!(inflight.enter(3), Err(EnterError::Twice(3)));
-        inflight.link(3);
+        inflight.used(3);
+        inflight.link();
         inflight.leave();
         inflight.clear(1);
         assert_eq!(inflight.enter(3), Ok(()));
@@ -216,15 +225,18 @@ mod tests {
             assert_eq!((first.heads, first.counter), (vec![], 1));
             let (mut counter, mut used) = (first.counter, 0);
             let (mut taken, mut linked) = (vec![], vec![]);
+            let (mut last, mut next) = (ring.last(), HashMap::new());
             for &step in &STEPS[..cut] {
                 match step {
                     Enter(head) => {
-                        ring.enter(head, counter);
+                        assert!(ring.enter(head, counter));
                         counter += 1;
                         taken.push(head);
                     }
                     Link(head) => {
-                        ring.link(head);
+                        ring.link(&[head], last);
+                        next.insert(head, last);
+                        last = head;
                         linked.push(head);
                     }
                     Publish(index) => {
@@ -232,7 +244,9 @@ mod tests {
                         taken.retain(|head| !linked.contains(head));
                         linked.clear();
                     }
-                    Clear(head) => ring.clear(head),
+                    Clear(head) => {
+                        ring.clear(&[head], next[&head]);
+                    }
                     Close(index) => ring.close(index),
                 }
             }
@@ -286,9 +300,10 @@ mod tests {
             assert!(heads.len() <= 16 && heads.iter().all(|&head| head < 16));
             assert_eq!(usize::from(inflight.count()), heads.len());
             for head in heads {
-                inflight.link(head);
+                inflight.used(head);
                 inflight.leave();
             }
+            inflight.link();
             inflight.clear(used.wrapping_add(1));
             let again = shared.queue(0, 16).unwrap().recover(used.wrapping_add(1));
             assert_eq!(again.heads, Vec::<u16>::new());

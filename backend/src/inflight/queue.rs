@@ -6,9 +6,11 @@
     clippy::arithmetic_side_effects
 )]
 
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
 use iov_iter::Area;
+
+use crate::failpoint::reached;
 
 /// Bytes before the descriptors' entries.
 pub(super) const HEADER_BYTES: usize = 16;
@@ -20,10 +22,9 @@ const VERSION: usize = 8;
 const DESC_NUM: usize = 10;
 const LAST_BATCH_HEAD: usize = 12;
 const USED_IDX: usize = 14;
-/// Offsets in a descriptor's entry (`DescStateSplit`).
-const INFLIGHT: usize = 0;
-const NEXT: usize = 6;
-const COUNTER: usize = 8;
+/// A descriptor's entry (`DescStateSplit`) as two words: whether it is in flight in byte 0 and the
+/// next entry of its batch in bytes 6 and 7 of the first, its counter in the second.
+type Entry = [AtomicU64; 2];
 
 /// The only version there is; zero says that no vring has used the part yet.
 const CURRENT: u16 = 1;
@@ -35,11 +36,10 @@ const CURRENT: u16 = 1;
 /// is told to keep it.
 #[derive(Debug)]
 pub struct QueueRegion {
-    memory: Area,
-    at: usize,
+    header: Area,
+    /// All there are, of which the vring may use fewer.
+    entries: Area,
     size: u16,
-    /// Entries there are, of which the vring may use fewer.
-    capacity: u16,
 }
 
 /// What an earlier daemon left.
@@ -52,13 +52,12 @@ pub struct Recovered {
 }
 
 impl QueueRegion {
-    /// The part at byte `at`, used by a vring of `size` entries.
-    pub(super) fn new(memory: Area, at: usize, size: u16, capacity: u16) -> QueueRegion {
+    /// The part with this header and these entries, used by a vring of `size`.
+    pub(super) fn new(header: Area, entries: Area, size: u16) -> QueueRegion {
         QueueRegion {
-            memory,
-            at,
+            header,
+            entries,
             size,
-            capacity,
         }
     }
 
@@ -75,20 +74,22 @@ impl QueueRegion {
         // A ring of another size is another ring: its driver began anew, and knows nothing of what
         // was in flight.
         let is_known = self.version().load(Ordering::Acquire) == CURRENT
-            && self.header(DESC_NUM).load(Ordering::Acquire) == self.size;
+            && self.field(DESC_NUM).load(Ordering::Acquire) == self.size;
         if is_known {
             self.clear_last_batch(used);
         } else {
             self.wipe();
         }
-        self.header(USED_IDX).store(used, Ordering::Release);
-        self.header(DESC_NUM).store(self.size, Ordering::Release);
+        self.field(USED_IDX).store(used, Ordering::Release);
+        self.field(DESC_NUM).store(self.size, Ordering::Release);
         self.version().store(CURRENT, Ordering::Release);
 
-        let recorded = (0..self.size).filter(|&head| self.is_recorded(head));
-        let mut found: Vec<(u64, u16)> = recorded
-            .map(|head| (self.counter(head).load(Ordering::Acquire), head))
-            .collect();
+        let recorded = (0..self.size).filter_map(|head| {
+            let [state, counter] = self.entry(head);
+            let counter = || counter.load(Ordering::Acquire);
+            is_in_flight(state.load(Ordering::Acquire)).then(|| (counter(), head))
+        });
+        let mut found: Vec<(u64, u16)> = recorded.collect();
         found.sort_unstable();
         let last = found.last().map_or(0, |(counter, _)| *counter);
         Recovered {
@@ -97,95 +98,127 @@ impl QueueRegion {
         }
     }
 
-    /// Records a chain that was taken.
+    /// Records a chain that was taken; says whether it was not recorded already.
     #[inline]
-    pub(super) fn enter(&self, head: u16, counter: u64) {
-        self.counter(head).store(counter, Ordering::Release);
-        self.state(head).store(1, Ordering::Release);
+    #[must_use]
+    pub(super) fn enter(&self, head: u16, counter: u64) -> bool {
+        let [state, place] = self.entry(head);
+        if is_in_flight(state.load(Ordering::Acquire)) {
+            return false;
+        }
+        place.store(counter, Ordering::Release);
+        state.store(in_flight(0), Ordering::Release);
+        true
     }
 
-    /// Whether a head is recorded as taken.
+    /// Links the chains of a batch whose used elements were written and that is to be published,
+    /// each to the one before it and the first to `last`.
     #[inline]
-    pub(super) fn is_recorded(&self, head: u16) -> bool {
-        self.state(head).load(Ordering::Acquire) == 1
+    pub(super) fn link(&self, batch: &[u16], last: u16) {
+        let entries = self.entries.pairs();
+        let mut last = last;
+        for &head in batch {
+            if let Some([state, _]) = entries.get(usize::from(head)) {
+                state.store(in_flight(last), Ordering::Release);
+            }
+            last = head;
+        }
+        self.field(LAST_BATCH_HEAD).store(last, Ordering::Release);
     }
 
-    /// Links a chain whose used element was written into the batch that is to be published.
+    /// The chains of a batch that was published are no longer in flight. They stay linked as
+    /// [`link`](Self::link) did it, for a successor that finds the batch half cleared. Gives the
+    /// last of them.
     #[inline]
-    pub(super) fn link(&self, head: u16) {
-        let last = self.header(LAST_BATCH_HEAD);
-        self.next(head)
-            .store(last.load(Ordering::Acquire), Ordering::Release);
-        last.store(head, Ordering::Release);
+    pub(super) fn clear(&self, batch: &[u16], last: u16) -> u16 {
+        let entries = self.entries.pairs();
+        let mut last = last;
+        for &head in batch {
+            if let Some([state, _]) = entries.get(usize::from(head)) {
+                state.store(idle(last), Ordering::Release);
+            }
+            reached("cleared");
+            last = head;
+        }
+        last
     }
 
-    /// A chain of a batch that was published is no longer in flight.
-    #[inline]
-    pub(super) fn clear(&self, head: u16) {
-        self.state(head).store(0, Ordering::Release);
+    /// The chain that was linked most recently.
+    pub(super) fn last(&self) -> u16 {
+        self.field(LAST_BATCH_HEAD).load(Ordering::Acquire)
     }
 
     /// All of a batch was cleared; the driver sees its chains up to `used`.
     #[inline]
     pub(super) fn close(&self, used: u16) {
-        self.header(USED_IDX).store(used, Ordering::Release);
+        self.field(USED_IDX).store(used, Ordering::Release);
     }
 
     fn clear_last_batch(&self, used: u16) {
-        let batch = used.wrapping_sub(self.header(USED_IDX).load(Ordering::Acquire));
-        let mut head = self.header(LAST_BATCH_HEAD).load(Ordering::Acquire);
+        let batch = used.wrapping_sub(self.field(USED_IDX).load(Ordering::Acquire));
+        let mut head = self.field(LAST_BATCH_HEAD).load(Ordering::Acquire);
         // A batch is never larger than the ring; the front end may have written anything.
         for _ in 0..batch.min(self.size) {
             if head >= self.size {
                 return;
             }
-            self.clear(head);
-            head = self.next(head).load(Ordering::Acquire);
+            let [state, _] = self.entry(head);
+            let next = next_of(state.load(Ordering::Acquire));
+            state.store(idle(next), Ordering::Release);
+            head = next;
         }
     }
 
     fn wipe(&self) {
-        for head in 0..self.capacity {
-            self.clear(head);
+        for [state, _] in self.entries.pairs() {
+            state.store(idle(0), Ordering::Release);
         }
-        self.header(LAST_BATCH_HEAD).store(0, Ordering::Release);
+        self.field(LAST_BATCH_HEAD).store(0, Ordering::Release);
     }
 
     fn version(&self) -> &AtomicU16 {
-        self.header(VERSION)
+        self.field(VERSION)
     }
 
-    fn header(&self, offset: usize) -> &AtomicU16 {
-        let at = self.at.saturating_add(offset);
-        self.memory.atomic_u16(at).unwrap_or(&NOWHERE_16)
+    fn field(&self, offset: usize) -> &AtomicU16 {
+        self.header.atomic_u16(offset).unwrap_or(&NOWHERE_16)
     }
 
-    fn state(&self, head: u16) -> &AtomicU8 {
-        let at = self.entry(head).saturating_add(INFLIGHT);
-        self.memory.atomic_u8(at).unwrap_or(&NOWHERE_8)
-    }
-
-    fn next(&self, head: u16) -> &AtomicU16 {
-        let at = self.entry(head).saturating_add(NEXT);
-        self.memory.atomic_u16(at).unwrap_or(&NOWHERE_16)
-    }
-
-    fn counter(&self, head: u16) -> &AtomicU64 {
-        let at = self.entry(head).saturating_add(COUNTER);
-        self.memory.atomic_u64(at).unwrap_or(&NOWHERE_64)
-    }
-
-    /// Offset of a head's entry. Heads are checked against the ring's size before they get here.
-    fn entry(&self, head: u16) -> usize {
-        usize::from(head)
-            .saturating_mul(DESC_BYTES)
-            .saturating_add(HEADER_BYTES)
-            .saturating_add(self.at)
+    /// A head's entry. Heads are checked against the ring's size before they get here.
+    #[inline]
+    fn entry(&self, head: u16) -> &Entry {
+        let entries = self.entries.pairs();
+        entries.get(usize::from(head)).unwrap_or(&NOWHERE)
     }
 }
 
-/// What a field outside the region reads as. There is none: the region was checked to be large
+/// The first word of an entry that is in flight.
+#[inline]
+fn in_flight(next: u16) -> u64 {
+    let [low, high] = next.to_ne_bytes();
+    u64::from_ne_bytes([1, 0, 0, 0, 0, 0, low, high])
+}
+
+/// The first word of one that is not.
+#[inline]
+fn idle(next: u16) -> u64 {
+    let [low, high] = next.to_ne_bytes();
+    u64::from_ne_bytes([0, 0, 0, 0, 0, 0, low, high])
+}
+
+#[inline]
+fn is_in_flight(state: u64) -> bool {
+    let [in_flight, ..] = state.to_ne_bytes();
+    in_flight == 1
+}
+
+fn next_of(state: u64) -> u16 {
+    let [.., low, high] = state.to_ne_bytes();
+    u16::from_ne_bytes([low, high])
+}
+
+/// What an entry outside the region reads as. There is none: the region was checked to be large
 /// enough, and everything in it is aligned.
-static NOWHERE_8: AtomicU8 = AtomicU8::new(0);
+static NOWHERE: Entry = [AtomicU64::new(0), AtomicU64::new(0)];
+/// The same for a field of the header.
 static NOWHERE_16: AtomicU16 = AtomicU16::new(0);
-static NOWHERE_64: AtomicU64 = AtomicU64::new(0);

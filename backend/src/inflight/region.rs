@@ -200,17 +200,24 @@ impl Region {
         let Description {
             queues, queue_size, ..
         } = self.description;
+        let no_room = RegionError::NoRoom {
+            index,
+            size,
+            queues,
+            queue_size,
+        };
         if index >= queues || size > queue_size {
-            return Err(RegionError::NoRoom {
-                index,
-                size,
-                queues,
-                queue_size,
-            });
+            return Err(no_room);
         }
         let at = u64::from(index) * stride(queue_size);
         let at = usize::try_from(at).unwrap_or(usize::MAX);
-        Ok(QueueRegion::new(self.memory.clone(), at, size, queue_size))
+        let header = self.memory.part(at, HEADER_BYTES);
+        let entries = usize::from(queue_size) * DESC_BYTES;
+        let entries = self.memory.part(at.saturating_add(HEADER_BYTES), entries);
+        match header.zip(entries) {
+            Some((header, entries)) => Ok(QueueRegion::new(header, entries, size)),
+            None => Err(no_room),
+        }
     }
 
     /// Forgets what is recorded of every vring.

@@ -212,8 +212,20 @@ impl Split {
             len.store(used.len, Ordering::Relaxed);
         }
         reached("element-written");
-        self.mark(at, 8);
         self.next_used = self.next_used.wrapping_add(1);
+    }
+
+    /// Marks the used elements that were not published yet.
+    #[inline]
+    fn mark_elements(&self) {
+        if self.log.is_none() {
+            return;
+        }
+        let (first, count) = (self.published & self.mask(), self.unpublished());
+        let before_end = count.min(self.size.wrapping_sub(first));
+        let bytes = |count: u16| usize::from(count).saturating_mul(8);
+        self.mark(bytes(first).saturating_add(ENTRIES), bytes(before_end));
+        self.mark(ENTRIES, bytes(count.wrapping_sub(before_end)));
     }
 
     /// Used elements written and not yet published.
@@ -232,6 +244,8 @@ impl Split {
             Suppression::EventIdx => self.avail(self.avail_entries_end()),
             Suppression::Flags => self.avail(FLAGS),
         };
+        self.mark_elements();
+        reached("element-marked");
         let asked = publish(word(&self.areas.used, INDEX), new, asked);
         reached("index-published");
         self.mark(INDEX, 2);

@@ -311,9 +311,7 @@ impl Started {
         match used {
             Some(used) if self.soundness != Soundness::Lost => {
                 self.layout.push_used(used);
-                reached("element-marked");
-                self.inflight.link(used.head);
-                reached("linked");
+                self.inflight.used(used.head);
                 self.layout.unpublished() == 1
             }
             Some(_) | None => false,
@@ -327,6 +325,8 @@ impl Started {
         if self.layout.unpublished() == 0 {
             return false;
         }
+        self.inflight.link();
+        reached("linked");
         let call = self.layout.publish();
         reached("index-marked");
         self.inflight.clear(self.layout.used_index());

@@ -97,11 +97,8 @@ impl<L: DirtyLog> Path<L> {
     /// Where changes of guest memory are to be marked. Asked for when they are all made, not
     /// before: the front end switches it while requests are on their way.
     #[inline]
-    fn dirty(&self) -> Option<&dyn DirtyLog> {
-        if !self.logging {
-            return None;
-        }
-        self.log.as_ref().map(|log| -> &dyn DirtyLog { log })
+    fn dirty(&self) -> Option<&L> {
+        self.log.as_ref().filter(|_| self.logging)
     }
 
     /// Starts the chain that was popped as `head`.

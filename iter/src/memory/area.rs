@@ -11,6 +11,7 @@
 
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
+use std::slice;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64};
 
@@ -119,6 +120,31 @@ impl Area {
         let field = self.field::<u64>(offset)?;
         // SAFETY: as in `atomic_u16`.
         Some(unsafe { AtomicU64::from_ptr(field) })
+    }
+
+    /// The area's 64-bit fields in pairs, from its start on; none if they are misaligned.
+    #[inline]
+    pub fn pairs(&self) -> &[[AtomicU64; 2]] {
+        let start = self.start.cast::<[AtomicU64; 2]>();
+        if !start.is_aligned() {
+            return &[];
+        }
+        let count = self.len >> size_of::<[AtomicU64; 2]>().trailing_zeros();
+        // SAFETY: so many pairs lie inside the area; the rest is as in `atomic_u16`.
+        unsafe { slice::from_raw_parts(start.as_ptr(), count) }
+    }
+
+    /// The `len` bytes from `offset` on as an area of their own, if they lie inside and are any.
+    pub fn part(&self, offset: usize, len: usize) -> Option<Self> {
+        let left = self.len.checked_sub(offset)?;
+        let start = NonNull::new(self.start.as_ptr().wrapping_add(offset))?;
+        let guest_addr = self.guest_addr.checked_add(u64::try_from(offset).ok()?)?;
+        (1..=left).contains(&len).then(|| Self {
+            start,
+            len,
+            guest_addr,
+            region: Arc::clone(&self.region),
+        })
     }
 
     /// One volatile copy of the `T` at `offset` bytes, or nothing if it does not lie inside.
