@@ -129,7 +129,8 @@ impl<D: Direction> IovIter<D> {
     /// Takes the next `max` bytes, or what remains of them, as memory for a device, and advances
     /// past it.
     ///
-    /// The hold moves in, and what the extraction used is added to it: nothing, or a bounce
+    /// The hold moves in, and what the extraction used is added to it: nothing, or a slot where
+    /// the memory is one vector inside a registered buffer ([`View::set_pins`]), or a bounce
     /// buffer where a vector's address or length is not as the device needs it, or where the
     /// data must be stable. Vectors that follow each other in a region become one.
     ///
@@ -230,7 +231,8 @@ impl<D: Direction> IovIter<D> {
 
     fn hold_in_place(&self, mut hold: Hold, vectors: Vectors, len: usize) -> Held<D> {
         hold.set_extra(match &self.kind {
-            Kind::Guest(_) | Kind::Sink => Extra::Nothing,
+            Kind::Guest(_) => self.pin(&hold, vectors.as_slice(), len),
+            Kind::Sink => Extra::Nothing,
             Kind::Lent { keeper, .. } => Extra::Lent(Rc::clone(keeper)),
             Kind::Private { memory, .. } => Extra::Private(Rc::clone(memory)),
         });
@@ -278,7 +280,7 @@ impl<D: Direction> Held<D> {
     /// The hold, where [`IovIter::extract`] has to be asked: the memory is not as the device needs
     /// it, or something is wrong with it.
     #[inline]
-    pub fn in_place(hold: Hold, segment: &Segment, needs: &MemoryNeeds) -> Result<Self, Hold> {
+    pub fn in_place(mut hold: Hold, segment: &Segment, needs: &MemoryNeeds) -> Result<Self, Hold> {
         let memory = match (needs.stability, hold.view().table().resolve(segment)) {
             (Stability::AsIs, Some((memory, region))) if !region.poisoned() => vector(&memory),
             _ => return Err(hold),
@@ -288,6 +290,7 @@ impl<D: Direction> Held<D> {
         if len == 0 || memory.iov_base.addr() & address != 0 || len & length != 0 {
             return Err(hold);
         }
+        hold.set_extra(hold.view().pins().pin(segment));
         Ok(Self::new(hold, Vectors::One(memory), len))
     }
 
@@ -366,6 +369,12 @@ impl<D: Direction> Held<D> {
     /// Whether a bounce buffer stands in for the memory itself.
     pub fn is_bounced(&self) -> bool {
         self.hold.flags().contains(crate::HoldFlags::BOUNCED)
+    }
+
+    /// The slot of registered buffers that the one vector left lies in, if it is pinned.
+    #[inline]
+    pub fn slot(&self) -> Option<u16> {
+        self.hold.slot()
     }
 
     /// The hold, which stays in here.

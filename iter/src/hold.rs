@@ -25,7 +25,7 @@ bitflags! {
 /// Keeps the memory of one request valid: the memory table, and what its extraction added.
 ///
 /// It is not `Clone`, and dropping it is the only cleanup there is: it gives back a bounce buffer
-/// if there is one, and then its count on the (worker, memory table) pair.
+/// or a slot if there is one, and then its count on the (worker, memory table) pair.
 #[must_use = "a request's memory is valid only as long as its hold lives"]
 pub struct Hold {
     view: Rc<View>,
@@ -41,6 +41,8 @@ pub(crate) enum Extra {
     Nothing,
     /// A buffer of the view's pool, by its index there.
     Bounce(u32),
+    /// A slot of registered buffers that all of the memory lies in.
+    Pinned(u16),
     /// The daemon's own memory, which the extracted vectors point to.
     Private(Rc<PrivateMemory>),
     /// The hold of whoever lent the segments.
@@ -68,21 +70,35 @@ impl Hold {
     pub fn flags(&self) -> HoldFlags {
         match &self.extra {
             Extra::Nothing | Extra::Private(_) | Extra::Lent(_) => HoldFlags::REFFED,
+            Extra::Pinned(_) => HoldFlags::REFFED | HoldFlags::PINNED,
             Extra::Bounce(_) => HoldFlags::REFFED | HoldFlags::BOUNCED,
         }
     }
 
     /// Adds what an extraction uses, and gives back what an earlier one used.
+    #[inline]
     pub(crate) fn set_extra(&mut self, extra: Extra) {
         self.give_back();
+        if let Extra::Pinned(_) = extra {
+            self.view.pins().add_hold();
+        }
         self.extra = extra;
+    }
+
+    /// The slot of registered buffers that the memory lies in, if it is pinned.
+    #[inline]
+    pub(crate) fn slot(&self) -> Option<u16> {
+        match &self.extra {
+            Extra::Pinned(slot) => Some(*slot),
+            Extra::Nothing | Extra::Bounce(_) | Extra::Private(_) | Extra::Lent(_) => None,
+        }
     }
 
     /// The bounce buffer's memory, if there is one.
     pub(crate) fn bounce(&self) -> Option<Rc<PrivateMemory>> {
         match &self.extra {
             Extra::Bounce(slot) => self.view.pools().bounce().memory(*slot),
-            Extra::Nothing | Extra::Private(_) | Extra::Lent(_) => None,
+            Extra::Nothing | Extra::Pinned(_) | Extra::Private(_) | Extra::Lent(_) => None,
         }
     }
 
@@ -95,7 +111,7 @@ impl Hold {
                 let landing = bounce.take_landing(*slot)?;
                 Some((bounce.memory(*slot)?, landing))
             }
-            Extra::Nothing | Extra::Private(_) | Extra::Lent(_) => None,
+            Extra::Nothing | Extra::Pinned(_) | Extra::Private(_) | Extra::Lent(_) => None,
         }
     }
 
@@ -103,6 +119,10 @@ impl Hold {
     fn give_back(&mut self) {
         match &self.extra {
             Extra::Nothing => {}
+            Extra::Pinned(_) => {
+                self.extra = Extra::Nothing;
+                self.view.pins().remove_hold();
+            }
             Extra::Bounce(_) | Extra::Private(_) | Extra::Lent(_) => self.give_back_extra(),
         }
     }
@@ -111,7 +131,7 @@ impl Hold {
     fn give_back_extra(&mut self) {
         match std::mem::replace(&mut self.extra, Extra::Nothing) {
             Extra::Bounce(slot) => self.view.pools().bounce().give(slot),
-            Extra::Nothing | Extra::Private(_) | Extra::Lent(_) => {}
+            Extra::Nothing | Extra::Pinned(_) | Extra::Private(_) | Extra::Lent(_) => {}
         }
     }
 }

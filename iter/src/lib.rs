@@ -27,6 +27,7 @@ mod kind;
 #[cfg(debug_assertions)]
 pub mod ledger;
 pub mod memory;
+mod pin;
 mod pools;
 mod private;
 mod query;
@@ -41,6 +42,7 @@ pub use extract::{ExtractError, ExtractErrorKind, Held, MemoryNeeds, Stability};
 pub use hold::{Hold, HoldFlags};
 pub use iov::{Cursor, IovIter};
 pub use memory::{Area, MAX_REGIONS, MemoryError, MemoryTable, Region, RegionSpec, sigbus};
+pub use pin::PinnedRegion;
 pub use pools::Pools;
 pub use private::PrivateMemory;
 pub use segment::{Segment, StatusSlot};

@@ -12,7 +12,7 @@ use crate::hold::Hold;
 /// A contiguous run of guest memory inside one region of a memory table.
 ///
 /// It knows its guest address (for the dirty log), its region and its offset there (for the host
-/// address and, later, registered buffers). It is a number, not a pointer: whoever touches the
+/// address and registered buffers). It is a number, not a pointer: whoever touches the
 /// memory resolves it through the table that a [`Hold`] keeps mapped, and that look-up is checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {

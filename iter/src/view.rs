@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use crate::hold::Hold;
 use crate::memory::MemoryTable;
+use crate::pin::{PinnedRegion, Pins};
 use crate::pools::Pools;
 use crate::segment::Segment;
 
@@ -21,6 +22,7 @@ pub struct View {
     table: Arc<MemoryTable>,
     pools: Rc<Pools>,
     holds: Cell<usize>,
+    pins: Pins,
     /// The region that the last look-up found; the next one is likely in the same. Small structures
     /// and large ones, headers and data, may well lie apart.
     last_region: [Cell<u32>; 2],
@@ -33,6 +35,7 @@ impl View {
             table,
             pools,
             holds: Cell::new(0),
+            pins: Pins::new(),
             last_region: Default::default(),
         })
     }
@@ -52,6 +55,26 @@ impl View {
     /// Holds taken and not yet released.
     pub fn holds(&self) -> usize {
         self.holds.get()
+    }
+
+    /// From now on, what lies in one of these regions is extracted with its slot. Replaces what was
+    /// set before; regions of other tables are left out.
+    pub fn set_pins(&self, pinned: &[PinnedRegion]) {
+        self.pins.set(&self.table, pinned);
+    }
+
+    /// Whether any region has slots.
+    pub fn has_pins(&self) -> bool {
+        !self.pins.is_empty()
+    }
+
+    /// Holds that keep a slot in place too.
+    pub fn pinned(&self) -> usize {
+        self.pins.holds()
+    }
+
+    pub(crate) fn pins(&self) -> &Pins {
+        &self.pins
     }
 
     /// Takes a hold that is not a chain's: for transfers the daemon itself begins.

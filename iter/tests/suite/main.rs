@@ -15,6 +15,8 @@ mod model;
 #[cfg(test)]
 mod oracle;
 #[cfg(test)]
+mod pin;
+#[cfg(test)]
 mod plain;
 #[cfg(test)]
 mod request;
