@@ -119,6 +119,17 @@ pub struct Capabilities {
     pub caching: Caching,
     /// Whether ops in flight can be taken back.
     pub abort: Abort,
+    /// Whether registered buffers make it any faster.
+    pub buffers: RegisteredBuffers,
+}
+
+/// Whether a device's I/O can use buffers that are registered with its ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RegisteredBuffers {
+    /// The ring does its I/O.
+    Used,
+    /// It moves data in another way.
+    Unused,
 }
 
 /// Limits of one discard.

@@ -16,7 +16,8 @@ use self::lanes::{Lanes, Ready};
 use self::plan::{Decision, Dice, Verdict};
 use crate::completion::{Completion, IoError};
 use crate::device::{
-    Abort, BlockDevice, Caching, Capabilities, Channel, DiscardLimits, MayUnmap, WriteZeroesLimits,
+    Abort, BlockDevice, Caching, Capabilities, Channel, DiscardLimits, MayUnmap, RegisteredBuffers,
+    WriteZeroesLimits,
 };
 use crate::event::Event;
 use crate::geometry::Geometry;
@@ -130,6 +131,7 @@ impl BlockDevice for FaultDevice {
             memory: self.shared.plan.memory,
             caching: Caching::Volatile,
             abort: Abort::Possible,
+            buffers: RegisteredBuffers::Unused,
         }
     }
 

@@ -18,14 +18,12 @@ use self::probe::{DirectNeeds, Facts};
 use crate::completion::Completion;
 use crate::device::{
     Abort, BlockDevice, Caching, Capabilities, Channel, Claim, DiscardLimits, MayUnmap,
-    WriteZeroesLimits,
+    RegisteredBuffers, WriteZeroesLimits,
 };
 use crate::geometry::{Access, Geometry, SECTOR_SIZE, Sector, is_block_size};
 use crate::op::{Op, Tag};
 use crate::open::{Direct, FileOptions, OpenError};
-#[cfg(feature = "conformance")]
-use crate::ring::Way;
-use crate::ring::{FileSlot, Ring, Ways};
+use crate::ring::{FileSlot, Ring, Way, Ways};
 
 /// A file, opened once and shared by all channels.
 #[derive(Debug)]
@@ -162,6 +160,7 @@ impl BlockDevice for FileDevice {
             facts,
             geometry,
             direct,
+            ways,
             ..
         } = &*self.shared;
         let writable = geometry.access == Access::ReadWrite;
@@ -189,6 +188,10 @@ impl BlockDevice for FileDevice {
             },
             caching: Caching::Volatile,
             abort: Abort::Impossible,
+            buffers: match (ways.reads, ways.writes) {
+                (Way::Inline, Way::Inline) => RegisteredBuffers::Unused,
+                (Way::Engine, _) | (_, Way::Engine) => RegisteredBuffers::Used,
+            },
         }
     }
 

@@ -30,7 +30,7 @@ mod store;
 pub use completion::{Completion, IoError, Verdict, settle};
 pub use device::{
     Abort, BlockDevice, Caching, Capabilities, Channel, Claim, DiscardLimits, MayUnmap,
-    WriteZeroesLimits,
+    RegisteredBuffers, WriteZeroesLimits,
 };
 pub use geometry::{
     Access, BLOCK_SIZES, Extent, Geometry, OutOfRange, SECTOR_SHIFT, SECTOR_SIZE, Sector,
@@ -38,4 +38,5 @@ pub use geometry::{
 };
 pub use op::{Durability, Op, Tag, Unmap};
 pub use open::{Direct, FileOptions, OpenError};
+pub use ring::buffers::{Buffers, Lease, MAX_SLOTS, Progress, SLOT_SHIFT};
 pub use ring::{Engine, Event, FileKind, FileSlot, Ring, RingError, Wait, Watch, Way, Ways};

@@ -8,7 +8,8 @@ use iov_iter::MemoryNeeds;
 
 use crate::completion::{Completion, IoError};
 use crate::device::{
-    Abort, BlockDevice, Caching, Capabilities, Channel, DiscardLimits, MayUnmap, WriteZeroesLimits,
+    Abort, BlockDevice, Caching, Capabilities, Channel, DiscardLimits, MayUnmap, RegisteredBuffers,
+    WriteZeroesLimits,
 };
 use crate::geometry::{Extent, Geometry};
 use crate::null::flat_geometry;
@@ -56,6 +57,7 @@ impl BlockDevice for MemoryDevice {
             memory: MemoryNeeds::NONE,
             caching: Caching::None,
             abort: Abort::Impossible,
+            buffers: RegisteredBuffers::Unused,
         }
     }
 

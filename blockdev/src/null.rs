@@ -7,7 +7,8 @@ use iov_iter::MemoryNeeds;
 
 use crate::completion::{Completion, IoError};
 use crate::device::{
-    Abort, BlockDevice, Caching, Capabilities, Channel, DiscardLimits, MayUnmap, WriteZeroesLimits,
+    Abort, BlockDevice, Caching, Capabilities, Channel, DiscardLimits, MayUnmap, RegisteredBuffers,
+    WriteZeroesLimits,
 };
 use crate::geometry::{Access, Geometry, is_block_size};
 use crate::op::{Op, Tag};
@@ -50,6 +51,7 @@ impl BlockDevice for NullDevice {
             memory: MemoryNeeds::NONE,
             caching: Caching::None,
             abort: Abort::Impossible,
+            buffers: RegisteredBuffers::Unused,
         }
     }
 

@@ -5,6 +5,7 @@
     reason = "hands memory of the slots it owns to the kernel"
 )]
 
+pub(crate) mod buffers;
 mod call;
 mod engine;
 mod entry;

@@ -91,6 +91,12 @@ impl Rig {
         self.view.holds()
     }
 
+    /// Guest memory as this worker sees it.
+    #[must_use]
+    pub fn view(&self) -> &Rc<View> {
+        &self.view
+    }
+
     /// A hold, as a request without data has.
     pub fn hold(&self) -> Hold {
         self.view.hold()

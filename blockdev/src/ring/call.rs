@@ -15,11 +15,22 @@ use libc::{c_int, iovec};
 pub(super) enum Vectors {
     /// One run of memory, by value: nothing has to stay where it is but the memory itself.
     One(iovec),
+    /// One run that lies in this slot of the ring's registered buffers. What has no such buffers
+    /// takes it as any other.
+    Fixed(iovec, u16),
     /// Several; the array lives on the heap, in the slot's op, or in a static.
     Many(*const iovec, u32),
 }
 
 impl Vectors {
+    /// As [`new`](Self::new); one vector lies in `slot`, if there is one.
+    pub(super) fn in_slot(left: &[iovec], slot: Option<u16>) -> Self {
+        match (left, slot) {
+            ([one], Some(slot)) => Self::Fixed(*one, slot),
+            _ => Self::new(left),
+        }
+    }
+
     /// As much of `left` as one call takes.
     pub(super) fn new(left: &[iovec]) -> Self {
         match left {
@@ -101,7 +112,7 @@ impl Call {
 /// The array and its length, as the system calls take them.
 fn parts(memory: &Vectors) -> (*const iovec, c_int) {
     match memory {
-        Vectors::One(vector) => (vector, 1),
+        Vectors::One(vector) | Vectors::Fixed(vector, _) => (vector, 1),
         Vectors::Many(vectors, count) => (*vectors, c_int::try_from(*count).unwrap_or(c_int::MAX)),
     }
 }

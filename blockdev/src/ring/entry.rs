@@ -28,6 +28,14 @@ pub(super) fn entry(file: &File, call: &Call) -> Option<squeue::Entry> {
                 .build()
         }
         Call::Read {
+            memory: Vectors::Fixed(one, slot),
+            offset,
+        } => {
+            let len = u32::try_from(one.iov_len).unwrap_or(u32::MAX);
+            let read = opcode::ReadFixed::new(fd, one.iov_base.cast(), len, *slot);
+            read.offset(*offset).build()
+        }
+        Call::Read {
             memory: Vectors::Many(vectors, count),
             offset,
         } => opcode::Readv::new(fd, *vectors, *count)
@@ -40,6 +48,15 @@ pub(super) fn entry(file: &File, call: &Call) -> Option<squeue::Entry> {
         } => {
             let len = u32::try_from(one.iov_len).unwrap_or(u32::MAX);
             let write = opcode::Write::new(fd, one.iov_base.cast(), len);
+            write.offset(*offset).rw_flags(*flags).build()
+        }
+        Call::Write {
+            memory: Vectors::Fixed(one, slot),
+            offset,
+            flags,
+        } => {
+            let len = u32::try_from(one.iov_len).unwrap_or(u32::MAX);
+            let write = opcode::WriteFixed::new(fd, one.iov_base.cast(), len, *slot);
             write.offset(*offset).rw_flags(*flags).build()
         }
         Call::Write {

@@ -41,6 +41,8 @@ pub(super) struct Flight {
     pub(super) moved: u32,
     /// Whether io_uring has a call of it.
     pub(super) calling: bool,
+    /// Whether its memory is taken as it is, without the slot that it may have.
+    plain: bool,
     idle_tries: u8,
 }
 
@@ -62,6 +64,7 @@ impl Flight {
             step: Step::Parked,
             moved: 0,
             calling: false,
+            plain: false,
             idle_tries: 0,
         }
     }
@@ -88,6 +91,7 @@ impl Flight {
             step,
             moved: 0,
             calling: false,
+            plain: false,
             idle_tries: 0,
         }
     }
@@ -108,7 +112,7 @@ impl Flight {
         match (self.step, &self.op) {
             (Step::Parked, _) => None,
             (Step::Move, Op::Read { into, .. }) => Some(Call::Read {
-                memory: Vectors::new(into.vectors()),
+                memory: Vectors::in_slot(into.vectors(), into.slot().filter(|_| !self.plain)),
                 offset: here,
             }),
             (
@@ -117,7 +121,7 @@ impl Flight {
                     from, durability, ..
                 },
             ) => Some(Call::Write {
-                memory: Vectors::new(from.vectors()),
+                memory: Vectors::in_slot(from.vectors(), from.slot().filter(|_| !self.plain)),
                 offset: here,
                 flags: write_flags(*durability),
             }),
@@ -182,6 +186,12 @@ impl Flight {
                 Next::Call
             }
             Verdict::Again => self.again(res),
+            // The ring does not have the slot: the kernel finds the pages itself.
+            Verdict::Failed(IoError::Os(libc::EFAULT)) if self.is_fixed() => {
+                log::warn!("a slot of registered buffers is not there, its memory is used plainly");
+                self.plain = true;
+                Next::Call
+            }
             // O_DIRECT refuses to go on from where a file ends in the middle of a block.
             Verdict::Failed(IoError::Os(libc::EINVAL)) if self.moved > 0 => {
                 Next::End(Err(IoError::Short {
@@ -195,6 +205,15 @@ impl Flight {
             })),
             Verdict::Failed(error) => Next::End(Err(error)),
         }
+    }
+
+    fn is_fixed(&self) -> bool {
+        let slot = match &self.op {
+            Op::Read { into, .. } => into.slot(),
+            Op::Write { from, .. } => from.slot(),
+            Op::Flush { .. } | Op::Discard { .. } | Op::WriteZeroes { .. } => None,
+        };
+        slot.is_some() && !self.plain
     }
 
     /// Write-zeroes by writing: goes on until the extent is full.
@@ -344,7 +363,7 @@ mod tests {
             }
         };
         match memory {
-            Vectors::One(one) => (offset, one.iov_len, 1),
+            Vectors::One(one) | Vectors::Fixed(one, _) => (offset, one.iov_len, 1),
             Vectors::Many(first, count) => {
                 // SAFETY: the array belongs to the op in the flight that the caller borrows, or is
                 // the static one.

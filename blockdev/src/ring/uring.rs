@@ -10,7 +10,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
-use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use io_uring::{IoUring, Submitter, cqueue, opcode, squeue, types};
 
 use super::call::Call;
 use super::engine::Report;
@@ -80,6 +80,11 @@ impl Uring {
     /// Its descriptor: readable while there are completions to look at.
     pub(super) fn raw(&self) -> RawFd {
         self.ring.as_raw_fd()
+    }
+
+    /// What registers things with it.
+    pub(super) fn submitter(&self) -> Submitter<'_> {
+        self.ring.submitter()
     }
 
     /// Queues a call of the op in slot `index`; false for calls that would only block a thread of

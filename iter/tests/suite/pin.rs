@@ -13,6 +13,9 @@ use super::guest::Guest;
 const SHIFT: u32 = 16;
 const SLOT: u64 = 1 << SHIFT;
 
+/// Guest addresses and lengths.
+type Ranges = &'static [(u64, u32)];
+
 /// Two neighbours, the first of three slots and a page, and one further off.
 const REGIONS: [(u64, u64); 3] = [
     (0, 3 * SLOT + 4096),
@@ -52,22 +55,22 @@ fn one_run_inside_one_slot_is_pinned_and_nothing_else() {
     assert!(!view.has_pins());
     view.set_pins(&[pinned(&guest, 0, 7), pinned(&guest, 2, 100)]);
     assert!(view.has_pins());
-    let end = 3 * SLOT + 4096;
-    let far = 1 << 30;
-    let cases: [(&[(u64, u32)], Option<u16>); 13] = [
+    const END: u64 = 3 * SLOT + 4096;
+    const FAR: u64 = 1 << 30;
+    let cases: [(Ranges, Option<u16>); 13] = [
         (&[(0, 1)], Some(7)),
         (&[(0, 1 << 16)], Some(7)),
         (&[(SLOT - 1, 1)], Some(7)),
         (&[(SLOT - 1, 2)], None),
         (&[(SLOT, 512)], Some(8)),
-        (&[(end - 512, 512)], Some(10)),
-        (&[(end - 512, 1024)], None),
-        (&[(end, 512)], None),
-        (&[(far, 1 << 16)], Some(100)),
+        (&[(END - 512, 512)], Some(10)),
+        (&[(END - 512, 1024)], None),
+        (&[(END, 512)], None),
+        (&[(FAR, 1 << 16)], Some(100)),
         (&[(0, 512), (512, 512)], Some(7)),
         (&[(0, 512), (1024, 512)], None),
         (&[(SLOT - 512, 512), (SLOT, 512)], None),
-        (&[(0, 512), (far, 512)], None),
+        (&[(0, 512), (FAR, 512)], None),
     ];
     for (ranges, expected) in cases {
         assert_eq!(slot(view, ranges, &none), expected, "{ranges:x?}");

@@ -1,0 +1,351 @@
+//! Registered buffers: guest memory whose pages the kernel found once, for the rings of all workers.
+//!
+//! The memory is registered in an io_uring that does nothing else: it takes seconds for a gibibyte
+//! that nobody has touched, and holds that ring's lock. Workers' rings share the buffers by cloning
+//! them, which takes microseconds and is charged to nobody's memory limit a second time.
+
+#![expect(
+    unsafe_code,
+    reason = "registers memory of regions that it keeps mapped"
+)]
+
+use std::convert::Infallible;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use io_uring::types::CloneBuffersFlags;
+use io_uring::{IoUring, Submitter};
+use iov_iter::{PinnedRegion, Region};
+
+use super::{Core, Ring};
+
+/// Slots that one ring can have (the kernel's IORING_MAX_REG_BUFFERS).
+pub const MAX_SLOTS: u16 = 1 << 14;
+
+/// The longest slot, as a power of two of bytes: what kernels before 7.2 take.
+pub const SLOT_SHIFT: u32 = 30;
+
+/// Guest memory that is registered, and keeps registered what its regions are mapped for.
+///
+/// # Invariants
+/// A region of an entry stays mapped, by the entry itself, until the kernel said that nothing of it
+/// is registered any more: no slot ever stands for an address that belongs to something else.
+#[derive(Debug)]
+pub struct Buffers {
+    ring: Source,
+    /// Slots that are ours, in the workers' rings; another device has others.
+    slots: Range<u16>,
+    slot_shift: u32,
+    entries: Vec<Entry>,
+    /// Ends when the last lease was dropped.
+    leases: Option<Receiver<Infallible>>,
+}
+
+/// An io_uring, and a descriptor of it for those who clone from it.
+struct Source {
+    ring: IoUring,
+    shared: Arc<OwnedFd>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    pinned: PinnedRegion,
+    /// The first of its slots that is not registered yet.
+    next: u16,
+}
+
+/// How far a region is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// It has slots left to register.
+    Begun,
+    /// All of it is registered.
+    Complete,
+}
+
+/// What is registered at one time, for a worker's ring to share ([`Ring::adopt_buffers`]). Nothing
+/// is registered or given back before every copy of it was dropped.
+#[derive(Clone, Debug)]
+pub struct Lease {
+    shared: Arc<OwnedFd>,
+    regions: Vec<PinnedRegion>,
+    slots: Range<u16>,
+    _lent: Sender<Infallible>,
+}
+
+impl Lease {
+    /// The regions that are registered as a whole.
+    #[must_use]
+    pub fn regions(&self) -> &[PinnedRegion] {
+        &self.regions
+    }
+}
+
+impl Buffers {
+    /// Nothing yet, for slots of `1 << slot_shift` bytes with these numbers.
+    ///
+    /// # Errors
+    /// When the kernel has no io_uring, or cannot share buffers between rings (Linux 6.13).
+    pub fn new(slots: Range<u16>, slot_shift: u32) -> io::Result<Self> {
+        let ring = IoUring::builder().dontfork().build(ENTRIES)?;
+        let submitter = ring.submitter();
+        submitter.register_buffers_sparse(u32::from(slots.end.saturating_sub(slots.start)))?;
+        // SAFETY: the ring is a local and keeps its descriptor open.
+        let shared = unsafe { BorrowedFd::borrow_raw(ring.as_raw_fd()) }.try_clone_to_owned()?;
+        let probe = IoUring::new(1)?;
+        clone(&probe.submitter(), &shared, &slots)?;
+        Ok(Self {
+            ring: Source {
+                ring,
+                shared: Arc::new(shared),
+            },
+            slots,
+            slot_shift,
+            entries: Vec::new(),
+            leases: None,
+        })
+    }
+
+    /// Registers one slot more of a region. It faults in all of the slot's memory.
+    ///
+    /// # Errors
+    /// The kernel's refusal (ENOMEM: the limit of locked memory; EFAULT or EOPNOTSUPP: memory whose
+    /// file wants to know of every change), or ENOSPC when no slots are left. Nothing of the region
+    /// is registered then.
+    pub fn register(&mut self, region: &Arc<Region>) -> io::Result<Progress> {
+        self.await_leases();
+        let at = match self.entry(region) {
+            Some(at) => at,
+            None => self.begin(region)?,
+        };
+        let (slot, pinned) = match self.entries.get(at) {
+            Some(entry) if entry.next < entry.pinned.slots().end => (entry.next, &entry.pinned),
+            Some(_) | None => return Ok(Progress::Complete),
+        };
+        let result = memory(pinned, slot).and_then(|vector| {
+            let place = u32::from(slot - self.slots.start);
+            let tag = u64::from(slot) + 1;
+            let submitter = self.ring.ring.submitter();
+            // SAFETY: the memory is the region's, which the entry keeps mapped until `take_back`
+            // or `drop` heard that the kernel has nothing of it any more.
+            unsafe { submitter.register_buffers_update(place, &[vector], Some(&[tag])) }
+        });
+        if let Err(error) = result {
+            let entry = self.entries.swap_remove(at);
+            self.take_back(entry);
+            return Err(error);
+        }
+        let Some(entry) = self.entries.get_mut(at) else {
+            return Ok(Progress::Complete);
+        };
+        entry.next += 1;
+        Ok(match entry.next < entry.pinned.slots().end {
+            true => Progress::Begun,
+            false => Progress::Complete,
+        })
+    }
+
+    /// Gives back every region that is not to be kept, and returns when the kernel has nothing of
+    /// them any more. The rings that share them must have emptied their slots.
+    pub fn retain(&mut self, keep: impl Fn(&PinnedRegion) -> bool) {
+        self.await_leases();
+        let entries = std::mem::take(&mut self.entries);
+        for entry in entries {
+            match keep(&entry.pinned) {
+                true => self.entries.push(entry),
+                false => self.take_back(entry),
+            }
+        }
+    }
+
+    /// Whether all of a region is registered.
+    #[must_use]
+    pub fn has(&self, region: &Arc<Region>) -> bool {
+        let entry = self.entry(region).and_then(|at| self.entries.get(at));
+        entry.is_some_and(Entry::is_complete)
+    }
+
+    /// Regions that are registered as a whole.
+    #[must_use]
+    pub fn complete(&self) -> usize {
+        self.entries.iter().filter(|e| e.is_complete()).count()
+    }
+
+    /// What is registered now, for workers' rings.
+    pub fn lend(&mut self) -> Lease {
+        self.await_leases();
+        let (lent, leases) = channel();
+        self.leases = Some(leases);
+        let complete = self.entries.iter().filter(|entry| entry.is_complete());
+        Lease {
+            shared: self.ring.shared.clone(),
+            regions: complete.map(|entry| entry.pinned.clone()).collect(),
+            slots: self.slots.clone(),
+            _lent: lent,
+        }
+    }
+
+    /// A worker that clones takes this ring's lock, which nobody must hold for long meanwhile.
+    fn await_leases(&mut self) {
+        if let Some(leases) = self.leases.take() {
+            // Nothing is ever sent: it ends with an error when the last lease is gone.
+            let _ = leases.recv();
+        }
+    }
+
+    fn entry(&self, region: &Arc<Region>) -> Option<usize> {
+        let same = |entry: &Entry| Arc::ptr_eq(entry.pinned.region(), region);
+        self.entries.iter().position(same)
+    }
+
+    /// Finds slots for a region.
+    fn begin(&mut self, region: &Arc<Region>) -> io::Result<usize> {
+        let full = || io::Error::from_raw_os_error(libc::ENOSPC);
+        let fits = |first: u16| {
+            let pinned = PinnedRegion::new(region.clone(), first, self.slot_shift)?;
+            (pinned.slots().end <= self.slots.end).then_some(pinned)
+        };
+        let mut taken: Vec<_> = self.entries.iter().map(|e| e.pinned.slots()).collect();
+        taken.sort_by_key(|slots| slots.start);
+        let mut first = self.slots.start;
+        for slots in taken {
+            if fits(first).is_some_and(|pinned| pinned.slots().end <= slots.start) {
+                break;
+            }
+            first = slots.end;
+        }
+        let pinned = fits(first).ok_or_else(full)?;
+        self.entries.push(Entry {
+            pinned,
+            next: first,
+        });
+        Ok(self.entries.len() - 1)
+    }
+
+    /// Empties what an entry has of its slots. Clones that are left keep their pins, and nobody
+    /// hears of their end; the tag of each slot comes back from this ring.
+    fn take_back(&mut self, entry: Entry) {
+        let done = entry.pinned.slots().start..entry.next;
+        let place = self.slots.start;
+        let emptied = empty(
+            &self.ring.ring.submitter(),
+            done.start - place..done.end - place,
+        );
+        let gone = emptied.and_then(|()| self.ring.await_tags(done.len()));
+        if let Err(error) = gone {
+            log::error!("registered memory is not given back, and stays mapped: {error}");
+            std::mem::forget(entry);
+        }
+    }
+}
+
+impl Drop for Buffers {
+    fn drop(&mut self) {
+        self.retain(|_| false);
+    }
+}
+
+impl Entry {
+    fn is_complete(&self) -> bool {
+        self.next == self.pinned.slots().end
+    }
+}
+
+impl Source {
+    /// Waits for the completions that say that `count` slots are nobody's any more.
+    fn await_tags(&mut self, count: usize) -> io::Result<()> {
+        let mut left = count;
+        while left > 0 {
+            let came = self.ring.completion().count();
+            left = left.saturating_sub(came);
+            if left > 0 && came == 0 {
+                match self.ring.submitter().submit_and_wait(1) {
+                    Ok(_) => {}
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let fd = self.ring.as_raw_fd();
+        f.debug_tuple("Source").field(&fd).finish()
+    }
+}
+
+impl Ring {
+    /// Shares what is registered: ops whose memory has one of its slots use it from now on. Slots
+    /// of regions that are registered still keep their numbers.
+    ///
+    /// # Errors
+    /// The kernel's, or that of an engine without buffers.
+    pub fn adopt_buffers(&mut self, lease: &Lease) -> io::Result<()> {
+        match &self.core {
+            Core::Uring(uring) => clone(&uring.submitter(), &lease.shared, &lease.slots),
+            Core::Threads(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// Shares these slots no longer. No op in flight may use them; one that does keeps their pages.
+    ///
+    /// # Errors
+    /// The kernel's; nothing is shared any more then.
+    pub fn empty_buffers(&mut self, slots: Range<u16>) -> io::Result<()> {
+        let Core::Uring(uring) = &self.core else {
+            return Ok(());
+        };
+        let submitter = uring.submitter();
+        empty(&submitter, slots).or_else(|error| {
+            submitter.unregister_buffers()?;
+            Err(error)
+        })
+    }
+}
+
+/// Puts all slots of a source into a ring, in place of what it had there.
+fn clone(ring: &Submitter<'_>, source: &OwnedFd, slots: &Range<u16>) -> io::Result<()> {
+    let count = slots.end.saturating_sub(slots.start);
+    ring.register_buffers_clone_offset(
+        source.as_raw_fd(),
+        0,
+        slots.start.into(),
+        count.into(),
+        CloneBuffersFlags::DST_REPLACE,
+    )
+}
+
+/// Empties slots of a ring.
+fn empty(ring: &Submitter<'_>, slots: Range<u16>) -> io::Result<()> {
+    if slots.is_empty() {
+        return Ok(());
+    }
+    let nothing = libc::iovec {
+        iov_base: std::ptr::null_mut(),
+        iov_len: 0,
+    };
+    let nothing = vec![nothing; slots.len()];
+    // SAFETY: no memory is registered: an entry without an address empties its slot.
+    unsafe { ring.register_buffers_update(slots.start.into(), &nothing, None) }
+}
+
+/// The memory that a slot of a region stands for.
+fn memory(pinned: &PinnedRegion, slot: u16) -> io::Result<libc::iovec> {
+    let bytes = pinned.bytes_of(slot);
+    let len = usize::try_from(bytes.end - bytes.start).map_err(io::Error::other)?;
+    let slice = pinned.region().slice(bytes.start, len);
+    let slice = slice.ok_or_else(|| io::Error::from_raw_os_error(libc::EFAULT))?;
+    Ok(libc::iovec {
+        iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+        iov_len: len,
+    })
+}
+
+/// Nothing is ever submitted; completions beyond the queue wait in the kernel.
+const ENTRIES: u32 = 8;
