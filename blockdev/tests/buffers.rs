@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blockdev::conformance::rig::{GUEST_BASE, MEMORY, Rig, Run};
 use blockdev::{
@@ -27,7 +27,18 @@ const PAGES: u64 = MEMORY as u64 / 4096;
 /// Only one test at a time counts the pages that the process has pinned.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    wait_pinned(0);
+    alone
+}
+
+/// Rings are taken down in the background, and give their clones back then.
+fn wait_pinned(pages: u64) {
+    let begun = Instant::now();
+    while pinned_pages() != pages {
+        assert!(begun.elapsed() < Duration::from_secs(60));
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// Pages that the kernel charges this process for as pinned (proc(5), VmPin).
@@ -226,12 +237,7 @@ fn a_region_is_mapped_for_as_long_as_it_is_registered() {
     assert!(region.upgrade().is_some());
     buffers.retain(|_| false);
     assert!(region.upgrade().is_none());
-    // A ring is taken down in the background, and gives its clones back then.
-    let begun = std::time::Instant::now();
-    while pinned_pages() != before {
-        assert!(begun.elapsed() < Duration::from_secs(60));
-        thread::sleep(Duration::from_millis(5));
-    }
+    wait_pinned(before);
 }
 
 #[test]

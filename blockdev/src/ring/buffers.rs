@@ -55,6 +55,8 @@ struct Entry {
     pinned: PinnedRegion,
     /// The first of its slots that is not registered yet.
     next: u16,
+    /// Bytes of the region whose pages are there.
+    present: u64,
 }
 
 /// How far a region is.
@@ -109,7 +111,11 @@ impl Buffers {
         })
     }
 
-    /// Registers one slot more of a region. It faults in all of the slot's memory.
+    /// Goes on registering a region: has some of its memory faulted in, and once all of a slot is
+    /// there, registers that.
+    ///
+    /// Registering would fault it in as well, a whole slot at a time: for seconds nobody in the
+    /// process could map anything, and whoever faults would wait behind those who want to.
     ///
     /// # Errors
     /// The kernel's refusal (ENOMEM: the limit of locked memory; EFAULT or EOPNOTSUPP: memory whose
@@ -121,31 +127,19 @@ impl Buffers {
             Some(at) => at,
             None => self.begin(region)?,
         };
-        let (slot, pinned) = match self.entries.get(at) {
-            Some(entry) if entry.next < entry.pinned.slots().end => (entry.next, &entry.pinned),
-            Some(_) | None => return Ok(Progress::Complete),
-        };
-        let result = memory(pinned, slot).and_then(|vector| {
-            let place = u32::from(slot - self.slots.start);
-            let tag = u64::from(slot) + 1;
-            let submitter = self.ring.ring.submitter();
-            // SAFETY: the memory is the region's, which the entry keeps mapped until `take_back`
-            // or `drop` heard that the kernel has nothing of it any more.
-            unsafe { submitter.register_buffers_update(place, &[vector], Some(&[tag])) }
-        });
-        if let Err(error) = result {
-            let entry = self.entries.swap_remove(at);
-            self.take_back(entry);
-            return Err(error);
-        }
+        let place = self.slots.start;
         let Some(entry) = self.entries.get_mut(at) else {
             return Ok(Progress::Complete);
         };
-        entry.next += 1;
-        Ok(match entry.next < entry.pinned.slots().end {
-            true => Progress::Begun,
-            false => Progress::Complete,
-        })
+        match entry.go_on(&self.ring.ring.submitter(), place) {
+            Ok(()) if entry.is_complete() => Ok(Progress::Complete),
+            Ok(()) => Ok(Progress::Begun),
+            Err(error) => {
+                let entry = self.entries.swap_remove(at);
+                self.take_back(entry);
+                Err(error)
+            }
+        }
     }
 
     /// Gives back every region that is not to be kept, and returns when the kernel has nothing of
@@ -221,6 +215,7 @@ impl Buffers {
         self.entries.push(Entry {
             pinned,
             next: first,
+            present: 0,
         });
         Ok(self.entries.len() - 1)
     }
@@ -228,13 +223,13 @@ impl Buffers {
     /// Empties what an entry has of its slots. Clones that are left keep their pins, and nobody
     /// hears of their end; the tag of each slot comes back from this ring.
     fn take_back(&mut self, entry: Entry) {
-        let done = entry.pinned.slots().start..entry.next;
-        let place = self.slots.start;
+        let (used, place) = (entry.used(), self.slots.start);
+        let tags = usize::from(entry.next - used.start);
         let emptied = empty(
             &self.ring.ring.submitter(),
-            done.start - place..done.end - place,
+            used.start - place..used.end - place,
         );
-        let gone = emptied.and_then(|()| self.ring.await_tags(done.len()));
+        let gone = emptied.and_then(|()| self.ring.await_tags(tags));
         if let Err(error) = gone {
             log::error!("registered memory is not given back, and stays mapped: {error}");
             std::mem::forget(entry);
@@ -249,6 +244,53 @@ impl Drop for Buffers {
 }
 
 impl Entry {
+    /// Registers the next slot, or has more of its memory faulted in. The ring's slots are numbered
+    /// from `place` on.
+    fn go_on(&mut self, ring: &Submitter<'_>, place: u16) -> io::Result<()> {
+        if self.is_complete() {
+            return Ok(());
+        }
+        let slot = self.pinned.bytes_of(self.next);
+        if self.present == 0 {
+            // What cannot be registered at all is refused before anything of it is faulted in.
+            self.register(ring, place, 0..slot.end.min(PAGE), None)?;
+        }
+        if self.present < slot.end {
+            let chunk = self.present..slot.end.min(self.present.saturating_add(CHUNK));
+            self.present = chunk.end;
+            populate(self.pinned.region(), chunk);
+        }
+        if self.present < slot.end {
+            return Ok(());
+        }
+        let tag = [u64::from(self.next) + 1];
+        self.register(ring, place, slot, Some(&tag))?;
+        self.next += 1;
+        Ok(())
+    }
+
+    /// Registers bytes of the region in its next slot, in place of what is there. A tag comes back
+    /// when they are registered no longer.
+    fn register(
+        &self,
+        ring: &Submitter<'_>,
+        place: u16,
+        bytes: Range<u64>,
+        tag: Option<&[u64]>,
+    ) -> io::Result<()> {
+        let vector = memory(self.pinned.region(), bytes)?;
+        let slot = u32::from(self.next - place);
+        // SAFETY: the memory is the region's, which the entry keeps mapped until `take_back` heard
+        // that the kernel has nothing of it any more.
+        unsafe { ring.register_buffers_update(slot, &[vector], tag) }
+    }
+
+    /// Its slots that something is in. The last may have the untagged page that was tried first.
+    fn used(&self) -> Range<u16> {
+        let slots = self.pinned.slots();
+        slots.start..slots.end.min(self.next.saturating_add(1))
+    }
+
     fn is_complete(&self) -> bool {
         self.next == self.pinned.slots().end
     }
@@ -335,17 +377,41 @@ fn empty(ring: &Submitter<'_>, slots: Range<u16>) -> io::Result<()> {
     unsafe { ring.register_buffers_update(slots.start.into(), &nothing, None) }
 }
 
-/// The memory that a slot of a region stands for.
-fn memory(pinned: &PinnedRegion, slot: u16) -> io::Result<libc::iovec> {
-    let bytes = pinned.bytes_of(slot);
+/// Has the kernel find pages for memory. Where it cannot, registering will say why.
+fn populate(region: &Region, bytes: Range<u64>) {
+    let Ok(vector) = memory(region, bytes) else {
+        return;
+    };
+    let into_page = vector.iov_base.addr() & (PAGE as usize - 1);
+    let start = vector.iov_base.wrapping_byte_sub(into_page);
+    let len = vector.iov_len + into_page;
+    // SAFETY: the range is the region's, rounded down to a page of its mapping, and the region is
+    // borrowed; the advice changes no contents.
+    let done = unsafe { libc::madvise(start, len, libc::MADV_POPULATE_WRITE) };
+    if done != 0 {
+        log::debug!(
+            "guest memory is not all there: {}",
+            io::Error::last_os_error()
+        );
+    }
+}
+
+/// Bytes of a region as the kernel takes them.
+fn memory(region: &Region, bytes: Range<u64>) -> io::Result<libc::iovec> {
     let len = usize::try_from(bytes.end - bytes.start).map_err(io::Error::other)?;
-    let slice = pinned.region().slice(bytes.start, len);
+    let slice = region.slice(bytes.start, len);
     let slice = slice.ok_or_else(|| io::Error::from_raw_os_error(libc::EFAULT))?;
     Ok(libc::iovec {
         iov_base: slice.ptr_guard_mut().as_ptr().cast(),
         iov_len: len,
     })
 }
+
+/// The smallest page.
+const PAGE: u64 = 4096;
+
+/// Bytes that are faulted in at a time: some milliseconds.
+const CHUNK: u64 = 32 << 20;
 
 /// Nothing is ever submitted; completions beyond the queue wait in the kernel.
 const ENTRIES: u32 = 8;
