@@ -9,13 +9,13 @@ use std::sync::Arc;
 use std::thread::available_parallelism;
 use std::time::Duration;
 
-use blockdev::{Access, BlockDevice, Direct, Engine, FileOptions, OpenError, Ring};
+use blockdev::{Access, BlockDevice, Direct, Engine, FileOptions, OpenError, Ring, SLOT_SHIFT};
 use log::{info, warn};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use thiserror::Error;
 
-use crate::blk::{BlkDevice, BlkOptions, BlkOptionsError};
-use crate::cli::{Args, DEFAULT_MEMORY, DEFAULT_SOCKET, EngineName, Size, Switch};
+use crate::blk::{BlkDevice, BlkOptions, BlkOptionsError, Pin};
+use crate::cli::{Args, DEFAULT_MEMORY, DEFAULT_SOCKET, EngineName, PinName, Size, Switch};
 use crate::control::{Control, ControlError, Listen, Signals};
 use crate::fds::adopt;
 use crate::limits::{MAX_VRINGS, MAX_WORKERS};
@@ -69,7 +69,12 @@ impl Start {
     pub fn new(args: &Args) -> Result<Start, StartError> {
         // Before anything is opened that could get the number of an inherited socket.
         let inherited = args.fd.map(inherit).transpose()?;
-        raise_descriptor_limit();
+        // Every vring has three eventfds and every region of guest memory a file, which is more
+        // than the usual soft limit of 1024.
+        raise_limit(Resource::Nofile, "open files");
+        if args.pin == PinName::Registered {
+            raise_limit(Resource::Memlock, "locked memory");
+        }
         // Threads inherit what is blocked, so this comes before the first of them.
         let signals = Signals::block().map_err(StartError::Signals)?;
         let storage = storage(args)?;
@@ -84,7 +89,8 @@ impl Start {
         };
         let device = BlkDevice::new(DeviceId(0), storage, &options)?;
         let lock_timeout = Duration::from_secs(args.lock_timeout);
-        let device = Arc::new(device.with_lock_timeout(lock_timeout));
+        let device = device.with_lock_timeout(lock_timeout);
+        let device = Arc::new(device.with_pin(pin(args.pin)));
         let config = WorkersConfig {
             workers: workers.min(MAX_WORKERS),
             cpus: args.cpus.clone().map_or(Vec::new(), |list| list.0),
@@ -155,17 +161,26 @@ fn engine(name: Option<EngineName>) -> Engine {
     }
 }
 
-/// Allows as many open files as the host does: every vring has three eventfds and every region of
-/// guest memory a file, which is more than the usual soft limit of 1024.
-fn raise_descriptor_limit() {
-    let limit = getrlimit(Resource::Nofile);
+/// How guest memory is pinned.
+fn pin(name: PinName) -> Pin {
+    match name {
+        PinName::Off => Pin::Off,
+        PinName::Registered => Pin::Registered {
+            slot_shift: SLOT_SHIFT,
+        },
+    }
+}
+
+/// Allows as much as the host does.
+fn raise_limit(resource: Resource, what: &str) {
+    let limit = getrlimit(resource);
     let raised = Rlimit {
         current: limit.maximum,
         maximum: limit.maximum,
     };
-    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+    if let Err(error) = setrlimit(resource, raised) {
         warn!(
-            "the limit of open files cannot be raised, it stays {:?}: {error}",
+            "the limit of {what} cannot be raised, it stays {:?}: {error}",
             limit.current
         );
     }

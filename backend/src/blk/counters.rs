@@ -61,6 +61,10 @@ counters! {
     reffed,
     /// Requests that went through a bounce buffer.
     bounced,
+    /// Requests whose memory was registered with the kernel.
+    pinned,
+    /// Requests that went without, although memory is to be pinned.
+    pin_fallbacks,
     /// Requests that had to wait for a bounce buffer.
     parked,
     /// Requests handed to the storage.

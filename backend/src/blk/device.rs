@@ -12,7 +12,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::features::bit;
-use super::{ConfigError, Counters, Profile, config, features};
+use super::{ConfigError, Counters, Pin, Pins, Profile, config, features};
 use crate::limits::MAX_VRINGS;
 use crate::worker::DeviceId;
 
@@ -65,6 +65,7 @@ pub struct BlkDevice {
     capacity: AtomicU64,
     cache: AtomicU8,
     counters: Mutex<Vec<Arc<Counters>>>,
+    pins: Pins,
 }
 
 impl BlkDevice {
@@ -97,6 +98,7 @@ impl BlkDevice {
             num_queues: options.num_queues,
             cache: AtomicU8::new(WriteCache::Writeback as u8),
             counters: Mutex::new(Vec::new()),
+            pins: Pins::default(),
         })
     }
 
@@ -107,6 +109,21 @@ impl BlkDevice {
             lock_timeout,
             ..self
         }
+    }
+
+    /// The same, with its guest memory pinned like this.
+    #[must_use]
+    pub fn with_pin(self, pin: Pin) -> BlkDevice {
+        BlkDevice {
+            pins: Pins::new(pin),
+            ..self
+        }
+    }
+
+    /// Its pins.
+    #[must_use]
+    pub fn pins(&self) -> &Pins {
+        &self.pins
     }
 
     /// How long to wait for the lock on its storage.
@@ -254,7 +271,11 @@ impl BlkDevice {
     /// One line of what it has done so far.
     #[must_use]
     pub fn counters_line(&self) -> String {
-        format!("{}: {}", self.name(), self.counts())
+        let line = format!("{}: {}", self.name(), self.counts());
+        match self.pins.wanted() {
+            Pin::Off => line,
+            Pin::Registered { .. } => format!("{line} {}", self.pins),
+        }
     }
 
     /// Requests that the storage has now. While workers go on, one may be counted that has just

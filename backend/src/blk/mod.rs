@@ -4,6 +4,7 @@ mod config;
 mod counters;
 mod device;
 mod features;
+mod pins;
 mod profile;
 mod ranges;
 mod request;
@@ -16,6 +17,7 @@ pub use counters::Counters;
 pub use device::{
     BlkDevice, BlkOptions, BlkOptionsError, DEFAULT_LOCK_TIMEOUT, SERIAL_BYTES, WriteCache,
 };
+pub use pins::{Pin, Pins};
 pub use profile::Profile;
 pub use ranges::Range;
 pub use request::{Admitted, Driver, Header, Kind, Malformed, RangeOp, Request, Status, refuse};

@@ -100,6 +100,17 @@ pub struct Args {
     #[arg(long, value_name = "MODE", default_value = "adaptive")]
     pub poll: PollName,
 
+    /// Whether guest memory is pinned
+    ///
+    /// registered: the kernel finds the guest's pages once and not for every request, which saves
+    /// a part of a microsecond each. It has a price. All guest memory is taken at once and charged
+    /// to the daemon (its cgroup, and the limit of locked memory of its user), and pages that a
+    /// balloon, virtio-mem or free-page reporting takes from the guest are not given back to the
+    /// host: the device goes on using the old pages, and THE GUEST READS WRONG DATA. Only for
+    /// guests that have none of these.
+    #[arg(long, value_name = "off|registered", default_value = "off")]
+    pub pin: PinName,
+
     /// How I/O is done [default: io_uring, threads on hosts without it]
     #[arg(long, value_name = "ENGINE")]
     pub engine: Option<EngineName>,
@@ -123,6 +134,15 @@ pub enum PollName {
     Adaptive,
     /// Sleep as soon as there is nothing to do: least CPU.
     Never,
+}
+
+/// The ways to pin by their names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PinName {
+    /// The kernel finds the pages anew for every request.
+    Off,
+    /// Guest memory is registered with the kernel.
+    Registered,
 }
 
 /// The engines by their names.
@@ -184,6 +204,7 @@ mod tests {
             &["vublk", "--workers=0"],
             &["vublk", "--block-size=1000"],
             &["vublk", "--direct=maybe"],
+            &["vublk", "--pin=on"],
             &["vublk", "--engine=aio"],
             &["vublk", "--poll=sometimes"],
             &["vublk", "--serial=123456789012345678901"],

@@ -113,6 +113,8 @@ impl Session {
                 });
             }
             Outcome::Refreshed => self.resize(crew),
+            Outcome::Unpinned(epoch) => self.unpinned(epoch),
+            Outcome::Pinned => self.share_pins(crew),
         }
     }
 

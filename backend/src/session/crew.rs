@@ -1,6 +1,10 @@
 //! What a session needs of the workers.
 
-use crate::worker::{Command, DeviceId, Errand, VringId, Workers};
+use std::sync::Arc;
+
+use iov_iter::MemoryTable;
+
+use crate::worker::{Command, DeviceId, Errand, TableEpoch, VringId, Workers};
 
 /// The workers of the daemon, as a session sees them: commands go in, reports come back to the
 /// session through [`Session::reported`](super::Session::reported).
@@ -18,6 +22,9 @@ pub trait Crew {
 
     /// Sends a device's helper thread on an errand.
     fn errand(&self, device: DeviceId, errand: Errand);
+
+    /// Has a device's guest memory registered, all of this table and nothing else.
+    fn pin(&self, device: DeviceId, epoch: TableEpoch, table: Arc<MemoryTable>);
 }
 
 impl Crew for Workers {
@@ -35,5 +42,9 @@ impl Crew for Workers {
 
     fn errand(&self, device: DeviceId, errand: Errand) {
         Workers::errand(self, device, errand);
+    }
+
+    fn pin(&self, device: DeviceId, epoch: TableEpoch, table: Arc<MemoryTable>) {
+        Workers::pin(self, device, epoch, table);
     }
 }

@@ -50,6 +50,11 @@ impl Epochs {
         self.fenced.iter().all(|&fenced| fenced >= fence)
     }
 
+    /// The number of the last table that was sent.
+    pub(super) fn latest(&self) -> TableEpoch {
+        self.latest
+    }
+
     fn next(&mut self) -> TableEpoch {
         self.latest = TableEpoch(self.latest.0.saturating_add(1));
         self.latest

@@ -15,6 +15,7 @@ mod link;
 mod log;
 mod memory;
 mod negotiation;
+mod pins;
 mod refusal;
 mod reset;
 mod resize;
@@ -44,6 +45,7 @@ use claim::Custody;
 use features::Negotiation;
 use inflight::Regions;
 use log::Log;
+use pins::Pinning;
 use resize::Resize;
 use state::Transferred;
 use vrings::{Life, Vring};
@@ -97,6 +99,7 @@ pub struct Session {
     negotiation: Negotiation,
     table: Arc<MemoryTable>,
     epochs: Epochs,
+    pinning: Pinning,
     vrings: Vec<Vring>,
     log: Log,
     regions: Regions,
@@ -129,6 +132,7 @@ impl Session {
             device,
             negotiation: Negotiation::new(abort),
             table: Arc::new(MemoryTable::empty()),
+            pinning: Pinning::new(epochs.latest()),
             epochs,
             vrings: (0..MAX_VRINGS).map(|_| Vring::new()).collect(),
             log: Log::default(),
@@ -213,6 +217,7 @@ impl Session {
             self.helped(outcome, crew);
         }
         self.go_on_resizing();
+        self.go_on_pinning(crew);
         self.go_on_ending(crew);
     }
 
@@ -236,7 +241,7 @@ impl Session {
         match wait {
             Wait::Claimed | Wait::Synced => None,
             Wait::Adopted(epoch) => self.epochs.all_adopted(epoch).then_some(None),
-            Wait::Released(epoch) => self.epochs.holders(epoch).is_empty().then_some(None),
+            Wait::Released(epoch) => self.is_released(epoch).then_some(None),
             Wait::Fenced(fence) => self.epochs.all_fenced(fence).then_some(None),
             Wait::Logged {
                 fence,
@@ -292,7 +297,7 @@ impl Session {
     pub fn is_over(&self) -> bool {
         match self.ending {
             Ending::NotYet | Ending::Stopping => false,
-            Ending::Emptying(last) => self.epochs.holders(last).is_empty(),
+            Ending::Emptying(last) => self.is_released(last),
         }
     }
 
@@ -346,6 +351,9 @@ impl fmt::Display for Missing<'_> {
         match wait {
             Some(Wait::Released(epoch)) => {
                 let workers = session.epochs.holders(*epoch);
+                if workers.is_empty() {
+                    return f.write_str("pinned guest memory to be given back");
+                }
                 write!(
                     f,
                     "requests of workers {workers:?} that use earlier guest memory"

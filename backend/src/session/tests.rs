@@ -14,6 +14,7 @@ use crate::vring::Addresses;
 use crate::worker::{ClaimEnd, Command, DeviceId, Enablement, Errand, Outcome, VringId};
 
 mod log;
+mod pins;
 
 const DEVICE: DeviceId = DeviceId(0);
 const SIZE: u64 = 1 << 20;
@@ -25,6 +26,7 @@ const VERSION_1: u64 = 1 << 32;
 struct Notes {
     told: RefCell<Vec<(usize, Command)>>,
     errands: RefCell<Vec<Errand>>,
+    pins: RefCell<Vec<(TableEpoch, usize)>>,
 }
 
 impl Crew for Notes {
@@ -42,6 +44,10 @@ impl Crew for Notes {
 
     fn errand(&self, _device: DeviceId, errand: Errand) {
         self.errands.borrow_mut().push(errand);
+    }
+
+    fn pin(&self, _device: DeviceId, epoch: TableEpoch, table: Arc<MemoryTable>) {
+        self.pins.borrow_mut().push((epoch, table.regions().len()));
     }
 }
 

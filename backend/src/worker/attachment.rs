@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use blockdev::{Channel, Completion, Ring};
-use iov_iter::{MemoryTable, Pools, View, sigbus};
+use iov_iter::{MemoryTable, PinnedRegion, Pools, View, sigbus};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::path::{Finish, Path};
@@ -93,6 +93,8 @@ pub(super) struct Attachment {
     epoch: TableEpoch,
     /// Views of older tables that requests still hold, oldest first.
     retired: VecDeque<Rc<View>>,
+    /// What of its memory has slots in the ring.
+    pins: Vec<PinnedRegion>,
     /// Whether the control thread waits for them.
     release_owed: bool,
     /// Fences to be answered once no disabled vring has anything in flight.
@@ -121,6 +123,7 @@ impl Attachment {
             draining: 0,
             epoch: TableEpoch::default(),
             retired: VecDeque::new(),
+            pins: Vec::new(),
             release_owed: false,
             fences: Vec::new(),
             faults: 0,
@@ -381,6 +384,7 @@ impl Attachment {
         }
         if self.retired.is_empty() {
             self.release_owed = false;
+            self.drop_pins(lent.ring);
             lent.reports
                 .push(Report::Released(self.path.device.id(), self.epoch));
         }

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use blockdev::Lease;
 use iov_iter::{DirtyLog, MemoryTable, SharedLog};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -113,7 +114,7 @@ pub enum Errand {
     Refresh,
 }
 
-/// What became of an errand.
+/// What became of an errand, or what a device's pinning thread did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// Of a claim.
@@ -124,6 +125,10 @@ pub enum Outcome {
     Synced(bool),
     /// The size was asked for.
     Refreshed,
+    /// Of the memory that is registered nothing is outside the table with this number.
+    Unpinned(TableEpoch),
+    /// There is something to share ([`crate::blk::Pins::take`]).
+    Pinned,
 }
 
 /// How a claim ended.
@@ -177,6 +182,9 @@ pub enum Command {
     SetUsedLog(VringId, Option<u64>),
     /// The device's size changed: requests are admitted by the new one from now on. Not answered.
     Resize(DeviceId),
+    /// Share what is registered of the device's memory. Not answered; a slot is given back before
+    /// the [`Report::Released`] of the first table without its region.
+    SetPins(DeviceId, Lease),
     /// Answered by [`Report::Fenced`] with the same number: everything sent before it is in force.
     Fence(DeviceId, u64),
     /// Leave, once every request came back. The answer is the end of the thread.
@@ -192,6 +200,7 @@ impl Command {
             | Command::SetFeatures(device, _)
             | Command::SetLog(device, _)
             | Command::Resize(device)
+            | Command::SetPins(device, _)
             | Command::Fence(device, _) => *device,
             Command::Start(id, _)
             | Command::Stop(id, _)
@@ -210,7 +219,7 @@ impl Command {
 pub enum Report {
     /// The table with this number, or a newer one, is what new requests use.
     Adopted(DeviceId, TableEpoch),
-    /// No request uses a table older than this number.
+    /// No request uses a table older than this number, and no slot memory that is not in it.
     Released(DeviceId, TableEpoch),
     /// What was sent before the fence with this number is in force.
     Fenced(DeviceId, u64),

@@ -10,11 +10,8 @@ use log::error;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::claim::{claim, release};
-use super::{ClaimEnd, Errand, Outcome, Report, WorkerError};
+use super::{ClaimEnd, Errand, NOBODY, Outcome, Report, WorkerError};
 use crate::blk::BlkDevice;
-
-/// Who reports that is no worker.
-const NOBODY: usize = usize::MAX;
 
 /// One device's helper. Dropping it lets the thread go as soon as storage lets it.
 #[derive(Debug)]

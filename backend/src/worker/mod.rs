@@ -11,6 +11,7 @@ pub mod hosted;
 mod idle;
 mod log_gate;
 mod path;
+mod pins;
 mod pool;
 mod run;
 mod slots;
@@ -22,3 +23,6 @@ pub use command::{
 };
 pub use idle::PollMode;
 pub use pool::{WorkerError, Workers, WorkersConfig};
+
+/// Who reports that is no worker.
+const NOBODY: usize = usize::MAX;

@@ -14,12 +14,12 @@ use iov_iter::{Area, BrokenChain, Chain, ChainFault, ChainLimits, Dest, DirtyLog
 use iov_iter::{ExtractErrorKind, Hold, IovIter, Plain, Source, View};
 use log::{error, warn};
 
-use self::op::{into_hold, is_bounced, next_range, range_op};
+use self::op::{into_hold, next_range, range_op};
 use self::parked::Parked;
 use super::attachment::Lent;
 use super::log_gate::LogGate;
 use super::slots::{InFlight, Job};
-use super::{StopMode, VringId};
+use super::{StopMode, VringId, pins};
 use crate::blk::{
     Admitted, BlkDevice, Counters, Driver, Kind, Profile, Range, RangeOp, Request, Status, refuse,
 };
@@ -267,12 +267,7 @@ impl<L: DirtyLog> Path<L> {
             Admitted::Nothing => return Step::Ended(self.end(request, hold, 0, Status::Ok)),
         };
         match op {
-            Ok(op) => {
-                if is_bounced(&op) {
-                    self.counters.bounced.add(1);
-                }
-                self.hand_over(local, request, op, lent)
-            }
+            Ok(op) => self.hand_over(local, request, op, lent),
             Err(error) => match error.kind {
                 // Buffers come back with the requests that have them; with none out, none will.
                 ExtractErrorKind::NoBounce { .. } if lent.slots.in_flight() > 0 => {
@@ -300,6 +295,7 @@ impl<L: DirtyLog> Path<L> {
     /// Hands an op to the device. One that is done at once needs no place among those in flight.
     #[inline(always)]
     fn hand_over(&mut self, local: usize, request: Request, op: Op, lent: &mut Lent<'_>) -> Step {
+        pins::count(&op, &self.device, &self.counters);
         self.counters.handed_over.add(1);
         if let Some((moved, outcome)) = self.channel.now(&op) {
             self.counters.given_back.add(1);

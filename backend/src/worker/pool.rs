@@ -6,6 +6,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Builder, JoinHandle};
 
 use blockdev::{Engine, OpenError, RingError};
+use iov_iter::MemoryTable;
 use log::{error, warn};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use thiserror::Error;
@@ -14,8 +15,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::attachment::Share;
 use super::helper::Helper;
 use super::idle::{Idle, PollMode};
+use super::pins::{self, Pinner};
 use super::run::{Wire, Worker};
-use super::{Command, DeviceId, Errand, Report, VringId};
+use super::{Command, DeviceId, Errand, Report, TableEpoch, VringId};
 use crate::blk::BlkDevice;
 use crate::limits::MAX_WORKERS;
 
@@ -74,6 +76,8 @@ pub enum WorkerError {
 pub struct Workers {
     handles: Vec<Handle>,
     helpers: Vec<Helper>,
+    /// By device; none for those whose memory is not pinned.
+    pinners: Vec<Option<Pinner>>,
     reports: Receiver<(usize, Report)>,
     told: Arc<EventFd>,
 }
@@ -102,9 +106,16 @@ impl Workers {
         let mut workers = Workers {
             handles: Vec::new(),
             helpers: Vec::new(),
+            pinners: Vec::new(),
             reports,
             told: told.clone(),
         };
+        for (place, device) in devices.iter().enumerate() {
+            let buffers = pins::prepare(devices, place, config.engine);
+            let start =
+                |buffers| Pinner::start(device.clone(), buffers, tell.clone(), told.clone());
+            workers.pinners.push(buffers.map(start).transpose()?);
+        }
         for worker in 0..config.workers {
             let share = Share {
                 worker,
@@ -168,6 +179,15 @@ impl Workers {
     pub fn errand(&self, device: DeviceId, errand: Errand) {
         if let Some(helper) = self.helpers.get(device.0 as usize) {
             helper.send(errand);
+        }
+    }
+
+    /// Has a device's guest memory registered: all of this table and nothing else. No worker has
+    /// requests on, or slots of, anything else. Reported by [`super::Outcome::Unpinned`] when what
+    /// is not in it was given back, and [`super::Outcome::Pinned`] whenever there is more to share.
+    pub fn pin(&self, device: DeviceId, epoch: TableEpoch, table: Arc<MemoryTable>) {
+        if let Some(Some(pinner)) = self.pinners.get(device.0 as usize) {
+            pinner.turn_to(epoch, table);
         }
     }
 

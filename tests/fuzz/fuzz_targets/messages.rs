@@ -14,6 +14,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, LazyLock};
 
 use blockdev::open;
+use iov_iter::MemoryTable;
 use libfuzzer_sys::fuzz_target;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create};
@@ -247,9 +248,16 @@ impl Crew for Notes {
             | Command::SetErr(id, _)
             | Command::SetUsedLog(id, _) => self.started(id),
             Command::Fence(device, fence) => self.tell(worker, Report::Fenced(device, fence)),
-            Command::SetFeatures(..) | Command::SetLog(..) | Command::Resize(_) | Command::Quit => {
-            }
+            Command::SetFeatures(..)
+            | Command::SetLog(..)
+            | Command::Resize(_)
+            | Command::SetPins(..)
+            | Command::Quit => {}
         }
+    }
+
+    fn pin(&self, _device: DeviceId, _epoch: TableEpoch, _table: Arc<MemoryTable>) {
+        panic!("no device here pins its memory");
     }
 
     fn errand(&self, device: DeviceId, errand: Errand) {

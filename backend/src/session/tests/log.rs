@@ -55,6 +55,7 @@ fn names(told: &[(usize, Command)]) -> Vec<(usize, &'static str)> {
                 | Command::SetCall(..)
                 | Command::SetErr(..)
                 | Command::Resize(_)
+                | Command::SetPins(..)
                 | Command::Quit) => panic!("{other:?}"),
             };
             (*worker, name)

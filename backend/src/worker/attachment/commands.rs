@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use blockdev::Ring;
+use blockdev::{Lease, Ring};
 use iov_iter::{MemoryTable, View};
-use log::debug;
+use log::{debug, error, warn};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Attachment, Lent, Vring, in_flight_vring};
@@ -61,6 +61,7 @@ impl Attachment {
                 }
             }
             Command::Resize(_) => self.path.resize(),
+            Command::SetPins(_, lease) => self.set_pins(&lease, lent.ring),
             // Answered with the next batch: what was used until now is published by then.
             Command::Fence(_, number) => self.fences.push(number),
             Command::Quit => {}
@@ -102,12 +103,42 @@ impl Attachment {
             }
         }
         let view = View::new(table, self.path.view.pools().clone());
+        view.set_pins(&self.pins);
         self.retired
             .push_back(std::mem::replace(&mut self.path.view, view));
         self.epoch = epoch;
         lent.reports.push(Report::Adopted(device, epoch));
         self.release_owed = true;
         self.finish_retired(lent);
+    }
+
+    /// Shares what is registered. What was shared before is either still registered, in the same
+    /// slots, or was given back.
+    fn set_pins(&mut self, lease: &Lease, ring: &mut Ring) {
+        match ring.adopt_buffers(lease) {
+            Ok(()) => {
+                self.pins = lease.regions().to_vec();
+                self.path.view.set_pins(&self.pins);
+            }
+            Err(error) => {
+                let name = self.path.device.name();
+                warn!("{name}: a worker cannot share pinned memory and goes without: {error}");
+            }
+        }
+    }
+
+    /// Gives back the slots of memory that is not in the table any more. No request is on an
+    /// earlier one.
+    pub(super) fn drop_pins(&mut self, ring: &mut Ring) {
+        let table = self.path.view.table();
+        let gone = self.pins.extract_if(.., |pinned| !pinned.is_of(table));
+        let emptied: Result<Vec<()>, _> = gone.map(|pin| ring.empty_buffers(pin.slots())).collect();
+        if let Err(error) = emptied {
+            let name = self.path.device.name();
+            error!("{name}: a worker cannot give single slots back, and gave back all: {error}");
+            self.pins.clear();
+            self.path.view.set_pins(&[]);
+        }
     }
 
     fn start(&mut self, id: VringId, setup: VringSetup, lent: &mut Lent<'_>) {

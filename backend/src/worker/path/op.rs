@@ -42,11 +42,3 @@ pub(super) fn into_hold(op: Op) -> Hold {
         Op::Flush { hold } | Op::Discard { hold, .. } | Op::WriteZeroes { hold, .. } => hold,
     }
 }
-
-pub(super) fn is_bounced(op: &Op) -> bool {
-    match op {
-        Op::Read { into, .. } => into.is_bounced(),
-        Op::Write { from, .. } => from.is_bounced(),
-        Op::Flush { .. } | Op::Discard { .. } | Op::WriteZeroes { .. } => false,
-    }
-}
