@@ -5,4 +5,5 @@ pub mod driver;
 pub mod frontend;
 pub mod guest;
 pub mod interleaving;
+pub mod pins;
 pub mod stall;

@@ -18,11 +18,11 @@ use blockdev::{Access, BlockDevice, Direct, Engine, FileOptions};
 use iov_iter::{MemoryTable, RegionSpec};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use vublk::blk::{BlkDevice, BlkOptions};
+use vublk::blk::{BlkDevice, BlkOptions, Pin};
 use vublk::vring::Addresses;
 use vublk::worker::{
-    Command, DeviceId, Enablement, PollMode, Report, StopMode, TableEpoch, VringId, VringSetup,
-    Workers, WorkersConfig,
+    Command, DeviceId, Enablement, Outcome as Done, PollMode, Report, StopMode, TableEpoch,
+    VringId, VringSetup, Workers, WorkersConfig,
 };
 use vublk_tests::frontend::{
     DESC_INDIRECT, DESC_NEXT, Descriptor, DriverRing, GuestRam, Kind, Outcome,
@@ -86,6 +86,7 @@ struct Bench {
     ram: Rc<GuestRam>,
     ring: DriverRing,
     kick: EventFd,
+    device: Arc<BlkDevice>,
     workers: Workers,
     random: fastrand::Rng,
 }
@@ -139,19 +140,20 @@ const VRING: VringId = VringId {
 };
 
 impl Bench {
-    fn new(storage: Arc<dyn BlockDevice>, engine: Engine) -> Outcome<Bench> {
+    fn new(storage: Arc<dyn BlockDevice>, engine: Engine, pin: Pin) -> Outcome<Bench> {
         let options = BlkOptions {
             serial: "counted".into(),
             num_queues: 1,
         };
-        let device = Arc::new(BlkDevice::new(DeviceId(0), storage, &options)?);
+        let device = BlkDevice::new(DeviceId(0), storage, &options)?;
+        let device = Arc::new(device.with_pin(pin));
         let config = WorkersConfig {
             workers: 1,
             cpus: Vec::new(),
             engine,
             poll: PollMode::default(),
         };
-        let workers = Workers::spawn(&config, &[device])?;
+        let workers = Workers::spawn(&config, std::slice::from_ref(&device))?;
         let ram = Rc::new(GuestRam::new(RAM)?);
         let ring = DriverRing::new(&ram, RING_SIZE, 0);
         let region = RegionSpec {
@@ -162,14 +164,18 @@ impl Bench {
             file: ram.fd().try_clone_to_owned()?,
         };
         let table = Arc::new(MemoryTable::new(vec![region])?);
+        let epoch = TableEpoch(1);
         workers.send(
             0,
             Command::SetTable {
                 device: DeviceId(0),
-                epoch: TableEpoch(1),
-                table,
+                epoch,
+                table: table.clone(),
             },
         );
+        if device.pins().is_live() {
+            share_pins(&workers, &device, (epoch, table));
+        }
         let kick = EventFd::new(EFD_NONBLOCK)?;
         let [desc, used, avail] = ring.addresses();
         let setup = VringSetup {
@@ -189,6 +195,7 @@ impl Bench {
             ram,
             ring,
             kick,
+            device,
             workers,
             random: fastrand::Rng::with_seed(7),
         })
@@ -298,16 +305,37 @@ impl Bench {
     }
 }
 
-fn allocates_nothing(storage: Arc<dyn BlockDevice>, engine: Engine) -> Outcome {
+/// Has the one worker share all of a table, as a session would.
+fn share_pins(
+    workers: &Workers,
+    device: &BlkDevice,
+    (epoch, table): (TableEpoch, Arc<MemoryTable>),
+) {
+    workers.pin(DeviceId(0), epoch, table);
+    let is_pinned =
+        |(_, report): &(usize, Report)| matches!(report, Report::Helper(_, Done::Pinned));
+    while !workers.reports().iter().any(is_pinned) {
+        yield_now();
+    }
+    let lease = device.pins().take().into_iter();
+    lease.for_each(|lease| workers.send(0, Command::SetPins(DeviceId(0), lease)));
+}
+
+fn allocates_nothing(storage: Arc<dyn BlockDevice>, engine: Engine, pin: Pin) -> Outcome {
     let name = storage.name();
-    let mut bench = Bench::new(storage, engine)?;
+    let mut bench = Bench::new(storage, engine, pin)?;
     bench.warm_up()?;
     let before = ALLOCATIONS.load(Ordering::Relaxed);
     assert!(before > 0, "the counter counts nothing");
     bench.serve(COUNTED, Shape::random)?;
     let counted = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    let line = bench.device.counters_line();
+    assert_eq!(line.contains(" pinned=0 "), pin == Pin::Off, "{line}");
     bench.stop();
-    assert_eq!(counted, 0, "allocations over {COUNTED} requests to {name}");
+    assert_eq!(
+        counted, 0,
+        "allocations over {COUNTED} requests to {name}, pins: {pin:?}"
+    );
     Ok(())
 }
 
@@ -330,9 +358,10 @@ fn written_file(scratch: &Scratch, name: &str, direct: Direct) -> Outcome<Arc<dy
 fn nothing_is_allocated_for_requests() -> Outcome {
     EXEMPT.set(true);
     let scratch = Scratch::new()?;
-    allocates_nothing(memory(DEVICE, 512)?, Engine::IoUring)?;
+    allocates_nothing(memory(DEVICE, 512)?, Engine::IoUring, Pin::Off)?;
     let direct = written_file(&scratch, "direct", Direct::On)?;
-    allocates_nothing(direct, Engine::IoUring)?;
+    allocates_nothing(direct.clone(), Engine::IoUring, Pin::Off)?;
+    allocates_nothing(direct, Engine::IoUring, Pin::Registered { slot_shift: 20 })?;
     let cached = written_file(&scratch, "cached", Direct::Off)?;
-    allocates_nothing(cached, Engine::Threads)
+    allocates_nothing(cached, Engine::Threads, Pin::Off)
 }

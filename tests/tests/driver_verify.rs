@@ -102,6 +102,36 @@ fn file_over_io_uring_with_four_queues() {
 }
 
 #[test]
+fn file_over_io_uring_pinned() {
+    on_file(
+        Engine::IoUring,
+        &Spec::default(),
+        Placement::Sectors,
+        |file| file.direct(true).pinned(),
+    );
+}
+
+#[test]
+fn file_over_io_uring_pinned_from_any_address() {
+    on_file(
+        Engine::IoUring,
+        &Spec::default(),
+        Placement::Anywhere,
+        |file| file.direct(true).pinned(),
+    );
+}
+
+#[test]
+fn file_over_io_uring_pinned_with_four_queues() {
+    on_file(
+        Engine::IoUring,
+        &four_queues(),
+        Placement::Sectors,
+        |file| file.direct(false).workers(2).pinned(),
+    );
+}
+
+#[test]
 fn file_over_threads() {
     on_file(
         Engine::Threads,
@@ -160,6 +190,7 @@ fn every_depth(
     requests: u64,
 ) -> Vec<Model> {
     let scratch = Scratch::new().unwrap();
+    let is_pinned = daemon.is_pinned();
     let daemon = daemon.start(&scratch).unwrap();
     let mut models: Vec<_> = areas(spec.queues)
         .map(|area| Model::zeroed(&area))
@@ -209,6 +240,7 @@ fn every_depth(
         check_all(&mut queues[0], model, LONGEST).unwrap();
     }
     drop(queues);
+    assert_eq!(daemon.counted("pinned").unwrap() > 0, is_pinned);
     daemon.stop().unwrap();
     models
 }

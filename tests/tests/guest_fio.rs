@@ -138,6 +138,13 @@ fn fio_verify_io_uring_engine_o_direct() -> Result<(), GuestError> {
 }
 
 #[test]
+fn fio_verify_io_uring_engine_pinned() -> Result<(), GuestError> {
+    let scratch = Scratch::new()?;
+    let spec = file(&scratch)?.queues(2).kind(DaemonKind::Vublk).pinned();
+    verify(&spec, &Guest::builder(), &scratch)
+}
+
+#[test]
 fn fio_verify_memory_device() -> Result<(), GuestError> {
     let scratch = Scratch::new()?;
     let spec = match DaemonKind::from_env()? {

@@ -109,6 +109,7 @@ impl Run {
                 Engine::Threads
             },
             poll: [PollMode::Always, PollMode::Adaptive, PollMode::Never][random.usize(0..3)],
+            ..ServeOptions::default()
         })?;
         let features = if random.bool() { EVENT_IDX } else { 0 };
         let options = Options {

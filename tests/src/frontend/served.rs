@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{Builder, JoinHandle};
 
 use blockdev::{BlockDevice, Engine, open};
-use vublk::blk::{BlkDevice, BlkOptions};
+use vublk::blk::{BlkDevice, BlkOptions, Pin};
 use vublk::control::{Control, ControlError, Listen, StopHandle};
 use vublk::worker::{DeviceId, PollMode, Workers, WorkersConfig};
 
@@ -25,6 +25,8 @@ pub struct Options {
     pub engine: Engine,
     /// How they wait for work.
     pub poll: PollMode,
+    /// Whether guest memory is pinned.
+    pub pin: Pin,
 }
 
 impl Default for Options {
@@ -34,6 +36,7 @@ impl Default for Options {
             workers: 2,
             engine: Engine::IoUring,
             poll: PollMode::default(),
+            pin: Pin::Off,
         }
     }
 }
@@ -52,7 +55,8 @@ impl Options {
             serial: "vublk-test".into(),
             num_queues: 4,
         };
-        Ok(Arc::new(BlkDevice::new(DeviceId(0), storage, &blk)?))
+        let device = BlkDevice::new(DeviceId(0), storage, &blk)?;
+        Ok(Arc::new(device.with_pin(self.pin)))
     }
 }
 

@@ -93,6 +93,32 @@ impl Daemon {
         self.process.signal(signal)
     }
 
+    /// What it has counted under a name so far; it logs a line for that. Only vublk does.
+    ///
+    /// # Errors
+    /// `Host` when it is gone, `TimedOut` when it has no such count.
+    pub fn counted(&self, name: &str) -> Result<u64, GuestError> {
+        let lines = self.log().lines().count();
+        self.signal(10)?;
+        let deadline = Instant::now() + STOP_LIMIT;
+        loop {
+            let log = self.log();
+            let mut words = log.lines().skip(lines).flat_map(str::split_whitespace);
+            let count = words.find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+            if let Some(count) = count.and_then(|count| count.parse().ok()) {
+                return Ok(count);
+            }
+            if Instant::now() >= deadline {
+                return Err(GuestError::TimedOut {
+                    what: format!("its count of {name}"),
+                    limit: STOP_LIMIT,
+                    context: log,
+                });
+            }
+            thread::sleep(POLL);
+        }
+    }
+
     /// Makes sure that it still runs.
     ///
     /// # Errors

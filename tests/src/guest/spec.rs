@@ -85,6 +85,7 @@ pub struct DaemonSpec {
     block_size: Option<u32>,
     direct: Option<bool>,
     engine: Option<Engine>,
+    is_pinned: bool,
     debug_log: bool,
     binary: Option<PathBuf>,
     failpoints: Option<String>,
@@ -112,6 +113,7 @@ impl DaemonSpec {
             block_size: None,
             direct: None,
             engine: None,
+            is_pinned: false,
             debug_log: false,
             binary: None,
             failpoints: None,
@@ -174,6 +176,19 @@ impl DaemonSpec {
     pub fn engine(mut self, engine: Engine) -> Self {
         self.engine = Some(engine);
         self
+    }
+
+    /// Pins the guest's memory.
+    #[must_use]
+    pub fn pinned(mut self) -> Self {
+        self.is_pinned = true;
+        self
+    }
+
+    /// Whether the guest's memory is pinned.
+    #[must_use]
+    pub fn is_pinned(&self) -> bool {
+        self.is_pinned
     }
 
     /// Logs every message it receives.
@@ -277,6 +292,9 @@ impl DaemonSpec {
         }
         if let Some(engine) = self.engine {
             command.args(["--engine", engine.name()]);
+        }
+        if self.is_pinned {
+            command.arg("--pin=registered");
         }
         command.args(self.options.iter().flatten());
         Ok(command)

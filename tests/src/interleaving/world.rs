@@ -142,6 +142,7 @@ impl World {
                 Engine::Threads
             },
             poll: [PollMode::Always, PollMode::Adaptive, PollMode::Never][dice.usize(0..3)],
+            ..ServeOptions::default()
         })?;
         let vrings = dice.u16(1..=3);
         let options = Options {
