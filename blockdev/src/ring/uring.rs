@@ -430,7 +430,9 @@ const PATIENCE: u32 = 10_000;
 
 #[cfg(test)]
 mod tests {
+    use super::super::call::Vectors;
     use super::*;
+    use crate::{FileKind, Way, Ways};
 
     fn watched() -> (Uring, Event) {
         let mut uring = Uring::new().unwrap();
@@ -504,6 +506,53 @@ mod tests {
             .map(|index| (index < FIXED_FILES).then_some(index))
             .collect();
         assert_eq!(all, expected);
+    }
+
+    #[test]
+    fn fixed_calls_name_their_slot_and_keep_their_flags() {
+        let mut uring = Uring::new().unwrap();
+        uring.submitter().register_buffers_sparse(2).unwrap();
+        let mut page = vec![7u8; 4096];
+        let vector = libc::iovec {
+            iov_base: page.as_mut_ptr().cast(),
+            iov_len: page.len(),
+        };
+        // SAFETY: the ring is dropped before the page.
+        let updated = unsafe {
+            uring
+                .submitter()
+                .register_buffers_update(1, &[vector], None)
+        };
+        updated.unwrap();
+        let file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
+        let file = File::new(file.as_fd(), FileKind::Regular, Ways::all(Way::Engine)).unwrap();
+        let memory = |slot| Vectors::Fixed(vector, slot);
+        let write = |slot, flags| Call::Write {
+            memory: memory(slot),
+            offset: 0,
+            flags,
+        };
+        let read = |slot| Call::Read {
+            memory: memory(slot),
+            offset: 0,
+        };
+        for (call, expected) in [
+            (write(1, libc::RWF_DSYNC), 4096),
+            // No such flag: a write that lost its flags would succeed.
+            (write(1, 1 << 30), -libc::EOPNOTSUPP),
+            (write(0, 0), -libc::EFAULT),
+            (read(1), 4096),
+            (read(0), -libc::EFAULT),
+        ] {
+            // SAFETY: the page outlives the ring.
+            assert!(unsafe { uring.call(3, 1, &file, &call) });
+            let answer = Report::Answer {
+                index: 3,
+                generation: 1,
+                res: expected,
+            };
+            assert_eq!(wait(&mut uring), answer, "{call:?}");
+        }
     }
 
     #[test]
