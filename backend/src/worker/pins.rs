@@ -124,9 +124,11 @@ impl Thread {
             match (wanted, missing) {
                 (Ok(wanted), _) => self.turn_to(wanted),
                 (Err(TryRecvError::Empty), Some(region)) => self.register(&region),
-                (Err(_), _) => return,
+                (Err(_), _) => break,
             }
         }
+        // Nobody takes it any more, and `buffers` would wait for that.
+        drop(self.device.pins().take());
     }
 
     /// The next region to register.
@@ -142,6 +144,8 @@ impl Thread {
 
     fn turn_to(&mut self, wanted: Wanted) {
         let Wanted { epoch, table } = wanted;
+        // What was lent and not taken yet may be of memory that goes now.
+        drop(self.device.pins().take());
         self.buffers.retain(|pinned| pinned.is_of(&table));
         // With the old table goes the last that keeps its regions mapped.
         self.table = table;
@@ -235,8 +239,8 @@ fn name_of(region: &Region) -> String {
 fn mend(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::ENOMEM) => {
-            "; the limit of locked memory is per user: raise it (ulimit -l, LimitMEMLOCK=), or give \
-             the daemon CAP_IPC_LOCK"
+            "; the limit of locked memory is per user: raise it (ulimit -l, LimitMEMLOCK=), or \
+             give the daemon CAP_IPC_LOCK"
         }
         Some(libc::EFAULT | libc::EOPNOTSUPP) => {
             "; memory can be pinned in a memfd, tmpfs or hugetlbfs, and not in a file on a disk"

@@ -1,4 +1,4 @@
-//! Registered buffers: guest memory whose pages the kernel found once, for the rings of all workers.
+//! Registered buffers: guest memory whose pages the kernel found once, for all workers' rings.
 //!
 //! The memory is registered in an io_uring that does nothing else: it takes seconds for a gibibyte
 //! that nobody has touched, and holds that ring's lock. Workers' rings share the buffers by cloning

@@ -188,7 +188,7 @@ impl Flight {
             Verdict::Again => self.again(res),
             // The ring does not have the slot: the kernel finds the pages itself.
             Verdict::Failed(IoError::Os(libc::EFAULT)) if self.is_fixed() => {
-                log::warn!("a slot of registered buffers is not there, its memory is used plainly");
+                log::debug!("a slot of registered buffers is not there, and does without");
                 self.plain = true;
                 Next::Call
             }
