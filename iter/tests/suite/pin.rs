@@ -4,7 +4,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use iov_iter::{
-    Dest, Hold, HoldFlags, IovIter, MemoryNeeds, PinnedRegion, Pools, Source, Stability, View,
+    Dest, Held, Hold, HoldFlags, IovIter, MemoryNeeds, PinnedRegion, Pools, Segment, Source,
+    Stability, View,
 };
 
 use super::guest::Guest;
@@ -88,6 +89,36 @@ fn one_run_inside_one_slot_is_pinned_and_nothing_else() {
     assert_eq!(slot(view, &[(512, 512)], &aligned), Some(7));
     view.set_pins(&[]);
     assert_eq!(slot(view, &[(0, 512)], &none), None);
+}
+
+#[test]
+fn a_single_segment_in_place_is_pinned_alike() {
+    let guest = Guest::new(&REGIONS);
+    let view = &guest.view;
+    view.set_pins(&[pinned(&guest, 0, 7)]);
+    let mut hold = Some(view.hold());
+    // Each takes the hold of the one before, with the slot that has to be given back.
+    for (region, offset, len, expected) in [
+        (0, SLOT - 512, 512, Some(7)),
+        (0, SLOT - 512, 1024, None),
+        (0, SLOT, 4096, Some(8)),
+        (0, 2 * SLOT, 1 << 16, Some(9)),
+        (1, 0, 512, None),
+    ] {
+        let segment = Segment {
+            guest: REGIONS[region].0 + offset,
+            offset,
+            region: region as u32,
+            len,
+        };
+        let needs = MemoryNeeds::NONE;
+        let held = Held::<Dest>::in_place(hold.take().unwrap(), &segment, &needs).unwrap();
+        assert_eq!(held.slot(), expected, "{segment:x?}");
+        assert_eq!(view.pinned(), usize::from(expected.is_some()));
+        hold = Some(held.land(0));
+    }
+    drop(hold);
+    assert_eq!((view.pinned(), view.holds()), (0, 0));
 }
 
 #[test]
