@@ -49,7 +49,7 @@ pub(super) fn prepare(devices: &[Arc<BlkDevice>], place: usize, engine: Engine) 
     };
     let name = device.name();
     if device.storage().capabilities().buffers == RegisteredBuffers::Unused {
-        warn!("{name}: guest memory is not pinned: this device's I/O is not the kernel's");
+        warn!("{name}: guest memory is not pinned: the device does not move it by io_uring");
         return None;
     }
     if engine == Engine::Threads {
@@ -65,8 +65,8 @@ pub(super) fn prepare(devices: &[Arc<BlkDevice>], place: usize, engine: Engine) 
         }
         Err(error) => {
             warn!(
-                "{name}: guest memory is not pinned: this kernel cannot share registered memory \
-                 between rings, Linux 6.13 can: {error}"
+                "{name}: guest memory is not pinned: registered memory cannot be shared between \
+                 rings, which Linux 6.13 and later can: {error}"
             );
             None
         }
