@@ -114,21 +114,15 @@ impl Op {
     /// What the op's completion has to say when it cannot: the capacity may have shrunk since the
     /// extent was checked, and only the device knows its block size and access.
     pub fn check(&self, geometry: &Geometry) -> Result<(), IoError> {
-        let memory = match self {
-            Self::Read { into, .. } => Some(into.len()),
-            Self::Write { from, .. } => Some(from.len()),
-            Self::Flush { .. } | Self::Discard { .. } | Self::WriteZeroes { .. } => None,
-        };
-        let writes = match self {
-            Self::Read { .. } | Self::Flush { .. } => false,
-            Self::Write { .. } | Self::Discard { .. } | Self::WriteZeroes { .. } => true,
+        let (at, memory, writes) = match self {
+            Self::Read { at, into } => (at, Some(into.len()), false),
+            Self::Write { at, from, .. } => (at, Some(from.len()), true),
+            Self::Discard { at, .. } | Self::WriteZeroes { at, .. } => (at, None, true),
+            Self::Flush { .. } => return Ok(()),
         };
         if writes && geometry.access == Access::ReadOnly {
             return Err(IoError::ReadOnly);
         }
-        let Some(at) = self.extent() else {
-            return Ok(());
-        };
         if !at.is_aligned(geometry.block_size) {
             return Err(IoError::Misaligned {
                 block_size: geometry.block_size,

@@ -290,7 +290,9 @@ impl<D: Direction> Held<D> {
         if len == 0 || memory.iov_base.addr() & address != 0 || len & length != 0 {
             return Err(hold);
         }
-        hold.set_extra(hold.view().pins().pin(segment));
+        if !hold.view().pins().is_empty() {
+            hold.set_extra(hold.view().pins().pin(segment));
+        }
         Ok(Self::new(hold, Vectors::One(memory), len))
     }
 

@@ -79,6 +79,12 @@ impl StatusSlot {
         })
     }
 
+    /// A segment of one byte.
+    #[inline]
+    pub(crate) fn only_of(segment: &Segment) -> Option<Self> {
+        (segment.len == 1).then_some(Self { byte: *segment })
+    }
+
     /// Writes the byte. `hold` is the one that came with the slot; through a hold on another
     /// table, where the byte does not lie, nothing is written.
     #[inline]

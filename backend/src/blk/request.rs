@@ -195,32 +195,27 @@ impl Request {
     /// device may have written to what it says it did not reach, and the status.
     #[inline(always)]
     pub fn finish<L: DirtyLog>(
-        self,
+        mut self,
         hold: Hold,
         moved: usize,
         status: Status,
         log: Option<&L>,
     ) -> Used {
-        let Request {
-            head,
-            mut room,
-            status: slot,
-            writable,
-            owed,
-        } = self;
-        owed.settle();
+        self.owed.settle();
+        // Taken apart no further: what it has is long, and would be moved.
+        let (head, writable) = (self.head, self.writable);
         if writable > MAX_REQUEST_BYTES + STATUS_BYTES {
-            refuse(&slot, &hold, status, log);
+            refuse(&self.status, &hold, status, log);
             if let Some(log) = log.filter(|_| moved > 0) {
-                mark(&room, &slot, log);
+                mark(&self.room, &self.status, log);
             }
             return Used { head, len: 0 };
         }
-        room.zero_after(moved, &hold);
-        slot.write(&hold, status.byte());
+        self.room.zero_after(moved, &hold);
+        self.status.write(&hold, status.byte());
         reached("landed");
         if let Some(log) = log {
-            mark(&room, &slot, log);
+            mark(&self.room, &self.status, log);
         }
         reached("marked");
         drop(hold);

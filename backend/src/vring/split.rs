@@ -202,13 +202,11 @@ impl Split {
     #[inline]
     pub fn push_used(&mut self, used: Used) {
         let at = usize::from(self.next_used & self.mask())
-            .saturating_mul(8)
-            .saturating_add(ENTRIES);
+            .wrapping_mul(8)
+            .wrapping_add(ENTRIES);
         // Two stores: an element is only 4-byte aligned.
-        if let Some(id) = self.areas.used.atomic_u32(at) {
+        if let Some([id, len]) = self.areas.used.atomic_u32s(at) {
             id.store(u32::from(used.head), Ordering::Relaxed);
-        }
-        if let Some(len) = self.areas.used.atomic_u32(at.saturating_add(4)) {
             len.store(used.len, Ordering::Relaxed);
         }
         reached("element-written");
@@ -336,15 +334,13 @@ impl Split {
 
     fn avail_entry(&self, index: u16) -> usize {
         usize::from(index & self.mask())
-            .saturating_mul(2)
-            .saturating_add(ENTRIES)
+            .wrapping_mul(2)
+            .wrapping_add(ENTRIES)
     }
 
     /// Offset of `used_event` in the avail ring.
     fn avail_entries_end(&self) -> usize {
-        usize::from(self.size)
-            .saturating_mul(2)
-            .saturating_add(ENTRIES)
+        usize::from(self.size).wrapping_mul(2).wrapping_add(ENTRIES)
     }
 
     /// Offset of `avail_event` in the used ring.

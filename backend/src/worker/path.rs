@@ -295,13 +295,12 @@ impl<L: DirtyLog> Path<L> {
     /// Hands an op to the device. One that is done at once needs no place among those in flight.
     #[inline(always)]
     fn hand_over(&mut self, local: usize, request: Request, op: Op, lent: &mut Lent<'_>) -> Step {
-        pins::count(&op, &self.device, &self.counters);
-        self.counters.handed_over.add(1);
         if let Some((moved, outcome)) = self.channel.now(&op) {
-            self.counters.given_back.add(1);
             let status = self.judge(outcome);
             return Step::Ended(self.answer(request, op, moved, status));
         }
+        pins::count(&op, &self.device, &self.counters);
+        self.counters.handed_over.add(1);
         let in_flight = self.in_flight(local, request, Job::Single);
         let tag = lent.slots.insert(in_flight, None);
         self.channel.prep(lent.ring, tag, op);

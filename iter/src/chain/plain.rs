@@ -77,7 +77,7 @@ impl Plain {
         let bytes = u64::from(header.len())
             .checked_add(u64::from(data.len()))?
             .checked_add(u64::from(status.len()))?;
-        if bytes > limits.max_bytes || limits.max_segments < 3 || status.len() != 1 {
+        if bytes > limits.max_bytes || limits.max_segments < 3 {
             return None;
         }
         let segment = |descriptor: &Descriptor| {
@@ -94,7 +94,7 @@ impl Plain {
             } else {
                 Data::Into(part)
             },
-            status: StatusSlot::last_of(&segment(&status)?)?,
+            status: StatusSlot::only_of(&segment(&status)?)?,
         })
     }
 }

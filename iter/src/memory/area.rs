@@ -122,6 +122,14 @@ impl Area {
         Some(unsafe { AtomicU64::from_ptr(field) })
     }
 
+    /// The two 32-bit fields at `offset` bytes, or nothing if they lie outside or are misaligned.
+    #[inline]
+    pub fn atomic_u32s(&self, offset: usize) -> Option<&[AtomicU32; 2]> {
+        let field = self.field::<[AtomicU32; 2]>(offset)?;
+        // SAFETY: as in `atomic_u16`; an array of two has no padding.
+        Some(unsafe { &*field })
+    }
+
     /// The area's 64-bit fields in pairs, from its start on; none if they are misaligned.
     #[inline]
     pub fn pairs(&self) -> &[[AtomicU64; 2]] {
