@@ -11,7 +11,7 @@ set -uo pipefail
 cd "$root" || exit 1
 export PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin:/usr/sbin:/sbin"
 
-stages=(fmt clippy deny doc test failpoints loom asan fuzz guest)
+stages=(fmt clippy deny doc test failpoints loom asan fuzz guest modes)
 declare -A about=(
     [fmt]="rustfmt, and shellcheck over the scripts"
     [clippy]="clippy with warnings denied"
@@ -22,6 +22,7 @@ declare -A about=(
     [loom]="loom models of the rings' memory ordering"
     [asan]="the iterator's and the vrings' tests under AddressSanitizer"
     [fuzz]="every fuzz target, a minute each"
+    [modes]="crashes and migrations once more with every way to wait, to pin and to do I/O"
     [guest]="real guests under QEMU, on the release binary"
 )
 
@@ -32,7 +33,7 @@ passed=0 failed=0 skipped=0
 summary=()
 
 # Stages that must run at least one test: a filter that matches nothing proves nothing.
-readonly with_tests=" test failpoints loom asan fuzz guest "
+readonly with_tests=" test failpoints loom asan fuzz guest modes "
 
 # Ends a stage that has nothing to run, with the reason.
 readonly skip_status=77
@@ -236,6 +237,24 @@ stage_guest() {
         done
         cargo test --no-fail-fast -p vublk-tests "${guests[@]}" -- --test-threads 2 || status=1
     fi
+    return $status
+}
+
+stage_modes() {
+    has_nextest || skip "cargo-nextest is not there, and it selects the tests"
+    ci/guest-images.sh || return
+    cargo build --release -p vublk || return
+    build_failpoints || return
+    local status=0 mode
+    export VUBLK_BIN=$target/release/vublk VUBLK_GUEST_DIR=$guest_folder
+    for mode in --poll=always --poll=never --pin=registered --engine=threads; do
+        echo "--- $mode ---"
+        VUBLK_DAEMON_ARGS=$mode cargo nextest run --config-file ci/nextest.toml -p vublk-tests \
+            --features failpoints -E "binary(failpoint_crash)
+                + binary(/^session_(crash|inflight|log)$/)
+                + test(=ten_crashes_under_load_lose_nothing)
+                + test(=a_chain_of_migrations_loses_nothing)" || status=1
+    done
     return $status
 }
 

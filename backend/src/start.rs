@@ -9,12 +9,12 @@ use std::sync::Arc;
 use std::thread::available_parallelism;
 use std::time::Duration;
 
-use blockdev::{Access, BlockDevice, Direct, Engine, FileOptions, OpenError, Ring, SLOT_SHIFT};
+use blockdev::{Access, BlockDevice, Direct, Engine, FileOptions, OpenError, Ring};
 use log::{info, warn};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use thiserror::Error;
 
-use crate::blk::{BlkDevice, BlkOptions, BlkOptionsError, Pin};
+use crate::blk::{BlkDevice, BlkOptions, BlkOptionsError};
 use crate::cli::{Args, DEFAULT_MEMORY, DEFAULT_SOCKET, EngineName, PinName, Size, Switch};
 use crate::control::{Control, ControlError, Listen, Signals};
 use crate::fds::adopt;
@@ -90,7 +90,7 @@ impl Start {
         let device = BlkDevice::new(DeviceId(0), storage, &options)?;
         let lock_timeout = Duration::from_secs(args.lock_timeout);
         let device = device.with_lock_timeout(lock_timeout);
-        let device = Arc::new(device.with_pin(pin(args.pin)));
+        let device = Arc::new(device.with_pin(args.pin.into()));
         let config = WorkersConfig {
             workers: workers.min(MAX_WORKERS),
             cpus: args.cpus.clone().map_or(Vec::new(), |list| list.0),
@@ -157,16 +157,6 @@ fn engine(name: Option<EngineName>) -> Engine {
                 warn!("{error}: I/O is done by threads, which is slower");
                 Engine::Threads
             }
-        },
-    }
-}
-
-/// How guest memory is pinned.
-fn pin(name: PinName) -> Pin {
-    match name {
-        PinName::Off => Pin::Off,
-        PinName::Registered => Pin::Registered {
-            slot_shift: SLOT_SHIFT,
         },
     }
 }

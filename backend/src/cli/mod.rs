@@ -5,9 +5,10 @@ mod values;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+use blockdev::SLOT_SHIFT;
 use clap::{ArgGroup, Parser, ValueEnum};
 
-use crate::blk::{DEFAULT_LOCK_TIMEOUT, SERIAL_BYTES};
+use crate::blk::{DEFAULT_LOCK_TIMEOUT, Pin, SERIAL_BYTES};
 use crate::worker::PollMode;
 use values::{cpu_list, serial, size};
 
@@ -161,6 +162,17 @@ impl From<PollName> for PollMode {
             PollName::Always => PollMode::Always,
             PollName::Adaptive => PollMode::Adaptive,
             PollName::Never => PollMode::Never,
+        }
+    }
+}
+
+impl From<PinName> for Pin {
+    fn from(name: PinName) -> Pin {
+        match name {
+            PinName::Off => Pin::Off,
+            PinName::Registered => Pin::Registered {
+                slot_shift: SLOT_SHIFT,
+            },
         }
     }
 }

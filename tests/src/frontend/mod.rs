@@ -30,7 +30,7 @@ pub use peer::{
     Answer, CALL, CODES, NEED_REPLY, NO_FD, Peer, PeerError, VERSION, code, outgoing_bytes,
     region_payload, words,
 };
-pub use program::{Program, STEPS, failpoints_binary};
+pub use program::{Program, STEPS, extra_args, failpoints_binary};
 pub use ram::{GuestRam, Layout};
 pub use served::{Options as ServeOptions, Served, open_descriptors};
 pub use stock::Stock;

@@ -59,6 +59,7 @@ impl Program {
         let child = Command::new(binary)
             .arg(option)
             .args(args)
+            .args(extra_args(args))
             .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -222,4 +223,21 @@ pub fn failpoints_binary() -> Outcome<PathBuf> {
         )
         .into()
     })
+}
+
+/// Options that every daemon of a test run gets beside its own, from VUBLK_DAEMON_ARGS: a suite is
+/// run once more with `--poll=always`, say. An option that a test gives itself stays as it is.
+#[must_use]
+pub fn extra_args<S: AsRef<OsStr>>(given: &[S]) -> Vec<String> {
+    let name = |arg: &str| arg.split('=').next().unwrap_or(arg).to_owned();
+    let given: Vec<_> = given
+        .iter()
+        .map(|arg| name(&arg.as_ref().to_string_lossy()))
+        .collect();
+    let extra = env::var("VUBLK_DAEMON_ARGS").unwrap_or_default();
+    let extra = extra.split_whitespace();
+    extra
+        .filter(|arg| !given.contains(&name(arg)))
+        .map(str::to_owned)
+        .collect()
 }

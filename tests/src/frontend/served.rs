@@ -8,11 +8,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{Builder, JoinHandle};
 
 use blockdev::{BlockDevice, Engine, open};
+use clap::Parser;
 use vublk::blk::{BlkDevice, BlkOptions, Pin};
+use vublk::cli::{Args, EngineName};
 use vublk::control::{Control, ControlError, Listen, StopHandle};
 use vublk::worker::{DeviceId, PollMode, Workers, WorkersConfig};
 
-use super::{Outcome, Peer};
+use super::{Outcome, Peer, extra_args};
 
 /// How the daemon is started.
 #[derive(Clone, Debug)]
@@ -30,13 +32,18 @@ pub struct Options {
 }
 
 impl Default for Options {
+    /// As VUBLK_DAEMON_ARGS says it, where it says anything.
     fn default() -> Options {
+        let args = Args::parse_from(["vublk".to_owned()].into_iter().chain(extra_args(&[""; 0])));
         Options {
             storage: None,
             workers: 2,
-            engine: Engine::IoUring,
-            poll: PollMode::default(),
-            pin: Pin::Off,
+            engine: match args.engine {
+                None | Some(EngineName::IoUring) => Engine::IoUring,
+                Some(EngineName::Threads) => Engine::Threads,
+            },
+            poll: args.poll.into(),
+            pin: args.pin.into(),
         }
     }
 }

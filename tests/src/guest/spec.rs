@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::{Daemon, GuestError, Scratch};
+use crate::frontend::extra_args;
 
 const CHOICE: &str = "VUBLK_GUEST_DAEMON";
 const FAILPOINTS: &str = "VUBLK_FAILPOINTS_BIN";
@@ -297,6 +298,8 @@ impl DaemonSpec {
             command.arg("--pin=registered");
         }
         command.args(self.options.iter().flatten());
+        let given: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
+        command.args(extra_args(&given));
         Ok(command)
     }
 
