@@ -225,6 +225,25 @@ fn workers_share_what_is_charged_once_and_the_last_to_empty_its_slots_frees_it()
 }
 
 #[test]
+fn a_region_that_is_not_whole_is_shared_with_nobody() {
+    let _alone = alone();
+    let before = pinned_pages();
+    let (_image, device) = image();
+    let mut rig = Rig::new(&device, Engine::IoUring);
+    let mut buffers = Buffers::new(0..64, SHIFT).unwrap();
+    let region = rig.view().table().regions()[0].clone();
+    while pinned_pages() < before + PAGES / 4 {
+        assert_eq!(buffers.register(&region).unwrap(), Progress::Begun);
+    }
+    let lease = buffers.lend();
+    assert!(lease.regions().is_empty());
+    adopt(&mut rig, &lease);
+    drop(lease);
+    buffers.retain(|_| false);
+    assert_eq!(pinned_pages(), before, "no worker has them");
+}
+
+#[test]
 fn a_region_is_mapped_for_as_long_as_it_is_registered() {
     let _alone = alone();
     let before = pinned_pages();

@@ -72,6 +72,17 @@ enum Suppression {
     EventIdx,
 }
 
+/// What the driver was asked for last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kicks {
+    /// Nothing yet: what it knows is an earlier owner's wish.
+    Unknown,
+    /// A kick for the next chain.
+    Wanted,
+    /// None.
+    Unwanted,
+}
+
 /// A split virtqueue, device side.
 ///
 /// # Invariants
@@ -94,8 +105,7 @@ pub struct Split {
     /// The used index when the driver was last told; none right after the start, when nothing is
     /// known of what it was told before.
     told: Option<u16>,
-    /// Whether the driver was asked for a kick since it was last asked for none.
-    armed: bool,
+    kicks: Kicks,
     /// Where writes to the used ring are logged, if they are.
     log: Option<UsedLog>,
 }
@@ -120,7 +130,7 @@ impl Split {
             next_used: used,
             published: used,
             told: None,
-            armed: true,
+            kicks: Kicks::Unknown,
             log: None,
         }
     }
@@ -256,17 +266,17 @@ impl Split {
         }
     }
 
-    /// Whether a driver that makes a chain available now kicks.
+    /// Whether a driver that makes a chain available now kicks, as far as is known.
     #[must_use]
     pub fn is_armed(&self) -> bool {
-        self.armed
+        self.kicks == Kicks::Wanted
     }
 
     /// Asks the driver not to kick while the ring is being looked at. With event indices there is
     /// nothing to do: a kick is wanted only for the index that was asked for.
     #[inline]
     pub fn suppress_kicks(&mut self) {
-        if !std::mem::replace(&mut self.armed, false) {
+        if std::mem::replace(&mut self.kicks, Kicks::Unwanted) == Kicks::Unwanted {
             return;
         }
         match self.suppression {
@@ -290,7 +300,7 @@ impl Split {
             Suppression::Flags => (FLAGS, 0),
         };
         let index = arm(self.used(ask_at), ask, self.avail(INDEX));
-        self.armed = true;
+        self.kicks = Kicks::Wanted;
         self.mark(ask_at, 2);
         self.saw(index)
     }

@@ -226,11 +226,11 @@ impl Started {
         Ok(())
     }
 
-    /// Whether the driver has made chains available that were not taken.
+    /// Whether there are chains to take: the driver's, or an earlier daemon's.
     #[inline]
     #[must_use]
     pub fn has_chains(&self) -> bool {
-        self.layout.has_chains()
+        self.layout.has_chains() || self.has_again()
     }
 
     /// Takes the next chain; it is in flight until [`settle`](Self::settle).
@@ -262,6 +262,7 @@ impl Started {
     }
 
     /// Whether chains of an earlier daemon wait to be taken again.
+    #[inline]
     #[must_use]
     pub fn has_again(&self) -> bool {
         !self.again.is_empty()
@@ -292,6 +293,12 @@ impl Started {
     #[inline]
     pub fn suppress_kicks(&mut self) {
         self.layout.suppress_kicks();
+    }
+
+    /// See [`Split::is_armed`].
+    #[must_use]
+    pub fn is_armed(&self) -> bool {
+        self.layout.is_armed()
     }
 
     /// See [`Split::arm_kick`].

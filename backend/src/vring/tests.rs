@@ -325,6 +325,34 @@ fn a_kick_that_was_served_is_not_left_behind() {
     assert!(kick.read().is_err(), "the counter is empty");
 }
 
+/// A driver that is asked not to kick does not, and the next owner of the vring has to hear of what
+/// it made available all the same; so has it where nobody was asked anything since an earlier owner
+/// was killed.
+#[test]
+fn a_stop_hands_over_the_kick_that_was_not_made() {
+    for features in [0, EVENT_IDX] {
+        for looked_at in [true, false] {
+            for waiting in [true, false] {
+                let (ram, driver) = ring(8);
+                let (mut setup, kick, _) = setup(&driver, 0);
+                setup.features = features;
+                let mut started = Stopped::start(setup, &ram.table).unwrap();
+                if looked_at {
+                    started.suppress_kicks();
+                }
+                assert!(!started.is_armed());
+                if waiting {
+                    offer(&ram, &driver, 0, &[5]);
+                }
+                let draining = started.drain(StopMode::Drain);
+                let (stopped, _) = draining.try_finish().expect("nothing is out");
+                assert_eq!(stopped.next_avail(), 0);
+                assert_eq!(kick.read().is_ok(), waiting, "for the next owner");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_broken_vring_tells_the_front_end_and_is_not_popped() {
     let (ram, driver) = ring(8);

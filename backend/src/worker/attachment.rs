@@ -145,14 +145,14 @@ impl Attachment {
             .any(|vring| matches!(vring, Vring::Started(vring) if vring.may_pop()))
     }
 
-    /// Whether a vring that is looked at has chains.
+    /// Whether a vring that is looked at has chains that could be served now.
     #[inline]
     pub(super) fn has_news(&self) -> bool {
         let has_chains = |local: &usize| match self.vrings.get(*local) {
             Some(Vring::Started(vring)) => vring.has_chains(),
             Some(Vring::Stopped(_) | Vring::Draining(_)) | None => false,
         };
-        self.awake.iter().any(has_chains)
+        self.path.parked.is_empty() && self.awake.iter().any(has_chains)
     }
 
     /// Moves what the channel's threads finished into the ring.

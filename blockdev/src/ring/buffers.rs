@@ -74,6 +74,8 @@ pub enum Progress {
 pub struct Lease {
     shared: Arc<OwnedFd>,
     regions: Vec<PinnedRegion>,
+    /// Slots of regions that are not registered as a whole.
+    partial: Vec<Range<u16>>,
     slots: Range<u16>,
     _lent: Sender<Infallible>,
 }
@@ -173,10 +175,12 @@ impl Buffers {
         self.await_leases();
         let (lent, leases) = channel();
         self.leases = Some(leases);
-        let complete = self.entries.iter().filter(|entry| entry.is_complete());
+        let (complete, partial): (Vec<_>, Vec<_>) =
+            self.entries.iter().partition(|entry| entry.is_complete());
         Lease {
             shared: self.ring.shared.clone(),
-            regions: complete.map(|entry| entry.pinned.clone()).collect(),
+            regions: complete.iter().map(|entry| entry.pinned.clone()).collect(),
+            partial: partial.iter().map(|entry| entry.used()).collect(),
             slots: self.slots.clone(),
             _lent: lent,
         }
@@ -330,9 +334,14 @@ impl Ring {
     /// The kernel's, or that of an engine without buffers.
     pub fn adopt_buffers(&mut self, lease: &Lease) -> io::Result<()> {
         match &self.core {
-            Core::Uring(uring) => clone(&uring.submitter(), &lease.shared, &lease.slots),
-            Core::Threads(_) => Err(io::ErrorKind::Unsupported.into()),
+            Core::Uring(uring) => clone(&uring.submitter(), &lease.shared, &lease.slots)?,
+            Core::Threads(_) => return Err(io::ErrorKind::Unsupported.into()),
         }
+        // Nobody uses these, and nobody would give them back.
+        for slots in &lease.partial {
+            self.empty_buffers(slots.clone())?;
+        }
+        Ok(())
     }
 
     /// Shares these slots no longer. No op in flight may use them; one that does keeps their pages.

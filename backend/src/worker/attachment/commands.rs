@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{Attachment, Lent, Vring, in_flight_vring};
 use crate::fds::borrow;
-use crate::vring::{Started, Stopped, logs_all};
+use crate::vring::{RingBroken, Started, Stopped, logs_all};
 use crate::worker::path::Path;
 use crate::worker::token::Token;
 use crate::worker::{Command, LogSetup, Report, StopMode, TableEpoch, VringId, VringSetup};
@@ -17,6 +17,8 @@ use crate::worker::{Command, LogSetup, Report, StopMode, TableEpoch, VringId, Vr
 impl Attachment {
     /// Carries out a command that is for this device.
     pub(in crate::worker) fn apply(&mut self, command: Command, lent: &mut Lent<'_>) {
+        // What was used until now is published, and marked, as things were when it was used.
+        self.publish_used(lent);
         match command {
             Command::SetTable { epoch, table, .. } => self.set_table(epoch, table, lent),
             Command::Start(id, setup) => self.start(id, *setup, lent),
@@ -24,7 +26,15 @@ impl Attachment {
             Command::Enable(id, enablement) => {
                 if let Some((local, vring)) = self.started(id) {
                     vring.set_enablement(enablement);
-                    self.wake(local);
+                    // Whoever serves it next may not look before it is kicked. The driver is asked
+                    // now: once this is acknowledged nothing is written any more.
+                    let arms = vring.is_disabled() && vring.may_take() && !vring.is_armed();
+                    match arms.then(|| vring.arm_kick()) {
+                        Some(Err(error)) => {
+                            self.broke_down(local, &RingBroken::from(error), lent);
+                        }
+                        Some(Ok(_)) | None => self.wake(local),
+                    }
                 }
             }
             Command::SetKick(id, kick) => self.set_kick(id, kick, lent),
@@ -106,6 +116,10 @@ impl Attachment {
         view.set_pins(&self.pins);
         self.retired
             .push_back(std::mem::replace(&mut self.path.view, view));
+        // One that was left alone because of the old table may have chains.
+        for local in 0..self.vrings.len() {
+            self.wake(local);
+        }
         self.epoch = epoch;
         lent.reports.push(Report::Adopted(device, epoch));
         self.release_owed = true;
