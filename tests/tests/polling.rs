@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use blockdev::fault::FaultPlan;
 use blockdev::{Engine, open};
+use iov_iter::{MemoryNeeds, Stability};
 use rustix::process::Signal;
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{FileOffset, VolatileMemory};
@@ -15,7 +17,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::tempdir::TempDir;
 use vublk::worker::PollMode;
 use vublk_tests::frontend::{
-    FrontEnd, Kind, Options, Outcome, Program, ServeOptions, Served, code, words,
+    Descriptor, FrontEnd, Kind, Options, Outcome, Program, ServeOptions, Served, code, words,
 };
 use vublk_tests::guest::vublk_path;
 
@@ -212,6 +214,72 @@ fn a_vring_that_never_runs_dry_keeps_no_other_waiting() -> Outcome {
         served.stop()?;
     }
     Ok(())
+}
+
+/// What a worker's thread of this process has used, in nanoseconds of CPU time.
+fn worker_time(worker: &str) -> Outcome<u64> {
+    for thread in fs::read_dir("/proc/self/task")? {
+        let thread = thread?.path();
+        if fs::read_to_string(thread.join("comm"))?.trim() == worker {
+            let times = fs::read_to_string(thread.join("schedstat"))?;
+            return Ok(times.split_whitespace().next().ok_or("no time")?.parse()?);
+        }
+    }
+    Err(format!("there is no {worker}").into())
+}
+
+/// A request that waits for a buffer waits for the storage, whatever the driver offers meanwhile.
+#[test]
+fn a_worker_whose_request_is_parked_sleeps() -> Outcome {
+    let (storage, handle) = open::fault(FaultPlan {
+        memory: MemoryNeeds {
+            stability: Stability::Stable,
+            ..MemoryNeeds::NONE
+        },
+        ..FaultPlan::benign(8 << 20, 512, 3)
+    })?;
+    // With so many workers each may have 16 MiB of buffers.
+    let served = Served::start_with(&ServeOptions {
+        storage: Some(storage),
+        workers: 8,
+        ..ServeOptions::default()
+    })?;
+    let options = Options {
+        size: 64,
+        ..Options::default()
+    };
+    let mut front_end = FrontEnd::start(served.connect()?, options)?;
+    // Short waits, so that the worker looks for a while before it sleeps.
+    for round in 0..20 {
+        front_end.write(0, round, &[7; 512])?;
+    }
+    handle.stick();
+    let [header, status, _] = front_end.vring(0)?.places(0);
+    let [data, _, _] = front_end.vring(0)?.places(1);
+    front_end.ram.write(header, &Kind::In.header(0))?;
+    let vring = front_end.vring(0)?;
+    for place in 0..20 {
+        let chain = [
+            Descriptor::source(header, 16),
+            Descriptor::dest(data, 960 << 10),
+            Descriptor::dest(status, 1),
+        ];
+        vring.ring.offer_chain(place * 3, &chain)?;
+        vring.kick.write(1)?;
+    }
+    while handle.stuck_now() < 16 {
+        thread::yield_now();
+    }
+    eventually("the worker sleeps", || {
+        let before = worker_time("worker-0")?;
+        thread::sleep(Duration::from_millis(50));
+        Ok(worker_time("worker-0")? == before)
+    })?;
+    handle.release();
+    eventually("all are answered", || {
+        Ok(front_end.vring(0)?.ring.used_index()? == 40)
+    })?;
+    served.stop()
 }
 
 /// Voluntary context switches of all threads, and the CPU time they used in nanoseconds.
