@@ -56,7 +56,25 @@ pub fn machine_pins() -> Outcome<i64> {
     Ok(count("nr_foll_pin_acquired")? - count("nr_foll_pin_released")?)
 }
 
-/// Waits until no more than `slack` pins are left above what there was.
+/// The same once nobody gives back many any more: the rings of a process that has ended are taken
+/// down after it.
+///
+/// # Errors
+/// When the kernel does not count them.
+pub fn settled_machine_pins() -> Outcome<i64> {
+    let mut before = machine_pins()?;
+    loop {
+        thread::sleep(Duration::from_millis(100));
+        let now = machine_pins()?;
+        if now >= before {
+            return Ok(now);
+        }
+        before = now;
+    }
+}
+
+/// Waits until no more than `slack` pins are left above what there was. There may be fewer, which
+/// others have given back.
 ///
 /// # Errors
 /// When there are more for a long time.
@@ -64,7 +82,7 @@ pub fn wait_machine_pins(before: i64, slack: i64) -> Outcome {
     let begun = Instant::now();
     loop {
         let more = machine_pins()? - before;
-        if more.abs() <= slack {
+        if more <= slack {
             return Ok(());
         }
         if begun.elapsed() > PATIENCE {

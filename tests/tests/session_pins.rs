@@ -17,7 +17,9 @@ use vublk_tests::frontend::{
     code, region_payload, words,
 };
 use vublk_tests::guest::{Scratch, vublk_path};
-use vublk_tests::pins::{machine_pins, pinned_pages, wait_machine_pins, wait_pinned};
+use vublk_tests::pins::{
+    machine_pins, pinned_pages, settled_machine_pins, wait_machine_pins, wait_pinned,
+};
 use vublk_tests::stall::{Image, Stall};
 
 /// Where regions that are added lie.
@@ -194,7 +196,7 @@ fn there_and_back(
 fn memory_is_pinned_after_it_came_and_given_back_before_it_goes() -> Outcome {
     let _alone = alone();
     let scratch = Scratch::new()?;
-    let machine = machine_pins()?;
+    let machine = settled_machine_pins()?;
     let served = served(&scratch, REGISTERED)?;
     assert_eq!(pinned_pages(me())?, 0);
     let mut front_end = FrontEnd::start(served.connect()?, Options::default())?;
@@ -240,7 +242,7 @@ fn memory_is_pinned_after_it_came_and_given_back_before_it_goes() -> Outcome {
 fn nothing_is_pinned_for_a_front_end_that_left_nor_after_the_end() -> Outcome {
     let _alone = alone();
     let scratch = Scratch::new()?;
-    let machine = machine_pins()?;
+    let machine = settled_machine_pins()?;
     let served = served(&scratch, REGISTERED)?;
     for _ in 0..3 {
         let front_end = FrontEnd::start(served.connect()?, Options::default())?;
@@ -468,7 +470,7 @@ fn a_removal_waits_for_the_pinned_request_that_hangs() -> Outcome {
     let _alone = alone();
     let scratch = Scratch::new()?;
     let mut stall = Stall::new(&scratch, Image::File, DEVICE)?;
-    let machine = machine_pins()?;
+    let machine = settled_machine_pins()?;
     let served = serve(storage(stall.image())?, REGISTERED)?;
     let mut front_end = FrontEnd::start(served.connect()?, Options::default())?;
     let ram = pages(&front_end.ram);
