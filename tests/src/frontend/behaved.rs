@@ -1,6 +1,7 @@
 //! A front end that behaves.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vublk::fds::borrow;
 
 use super::peer::{NEED_REPLY, PeerError, VERSION, code, region_payload, words};
-use super::{Descriptor, DirtyLog, DriverRing, GuestRam, InflightFile, Kind, Outcome, Peer};
+use super::{Descriptor, DirtyLog, DriverRing, GuestRam, InflightFile, Kind, Outcome, PAGE, Peer};
 
 /// VIRTIO_F_VERSION_1.
 const VERSION_1: u64 = 1 << 32;
@@ -58,6 +59,8 @@ pub struct Vring {
     pub err: EventFd,
     /// Whether writes to the used ring are to be logged (VHOST_VRING_F_LOG).
     pub log_used: bool,
+    /// The guest address that the log knows the used ring by.
+    pub log_guest: u64,
     /// Where its requests' bytes are.
     buffers: u64,
     /// What came back before it was asked for, by head.
@@ -115,6 +118,7 @@ impl FrontEnd {
             let event = || EventFd::new(EFD_NONBLOCK);
             vrings.push(Vring {
                 buffers: ring.end(),
+                log_guest: ring.used_addr(),
                 ring,
                 kick: event()?,
                 call: event()?,
@@ -280,6 +284,32 @@ impl FrontEnd {
         Ok(())
     }
 
+    /// Makes sure that the pages that were changed are marked, and no others but those of used
+    /// rings that are logged. A worker marks these whenever it goes to sleep and asks for kicks,
+    /// which may be long after its last answer was seen, and also where there was no request.
+    ///
+    /// # Panics
+    /// When a page is missing, or one is marked that nobody changed.
+    #[track_caller]
+    pub fn assert_marked(&self, marked: &[u64], changed: &[u64]) {
+        let of_ring = |page| {
+            let mut rings = self.vrings.iter().map(Vring::logged_pages);
+            rings.any(|ring| ring.contains(page))
+        };
+        let missing = changed.iter().filter(|page| !marked.contains(page));
+        let unchanged = marked.iter().filter(|page| !changed.contains(page));
+        let wrong: [Vec<&u64>; 2] = [
+            missing.collect(),
+            unchanged.filter(|page| !of_ring(page)).collect(),
+        ];
+        let [missing, more] = &wrong;
+        assert!(
+            missing.is_empty() && more.is_empty(),
+            "{marked:?} are marked and {changed:?} were changed: {missing:?} are missing, and \
+             {more:?} are too many"
+        );
+    }
+
     /// What is acknowledged of the offered features.
     fn acked(&self, features: u64) -> Outcome<u64> {
         let offered = self.peer.ask_number(code::GET_FEATURES)?;
@@ -419,8 +449,18 @@ impl Vring {
         for address in self.ring.addresses() {
             payload.extend(address.to_ne_bytes());
         }
-        payload.extend(self.ring.used_addr().to_ne_bytes());
+        payload.extend(self.log_guest.to_ne_bytes());
         payload
+    }
+
+    /// The pages by which the log knows the used ring; none if it is not logged.
+    #[must_use]
+    pub fn logged_pages(&self) -> Range<u64> {
+        if !self.log_used {
+            return 0..0;
+        }
+        let end = self.log_guest + self.ring.used_bytes();
+        self.log_guest / PAGE..end.div_ceil(PAGE)
     }
 
     /// Waits until a head was used; the length that was reported.

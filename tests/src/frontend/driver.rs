@@ -123,7 +123,7 @@ impl DriverRing {
     /// The first guest address behind it.
     #[must_use]
     pub fn end(&self) -> u64 {
-        self.used + (6 + 8 * u64::from(self.size)).next_multiple_of(4096)
+        self.used + self.used_bytes().next_multiple_of(4096)
     }
 
     /// Its entries.
@@ -143,6 +143,12 @@ impl DriverRing {
     #[must_use]
     pub fn used_addr(&self) -> u64 {
         self.used
+    }
+
+    /// Bytes of the used ring.
+    #[must_use]
+    pub fn used_bytes(&self) -> u64 {
+        6 + 8 * u64::from(self.size)
     }
 
     /// The pages of memory that the driver itself writes: descriptor table and avail ring.
