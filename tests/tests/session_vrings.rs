@@ -51,6 +51,10 @@ fn a_vring_without_a_call_is_polled_by_the_driver() -> Outcome {
     front_end
         .peer
         .confirm(code::SET_VRING_CALL, &NO_FD.to_ne_bytes(), &[])?;
+    // Answered by the worker, which has heard of the call by then.
+    front_end
+        .peer
+        .confirm(code::SET_VRING_ENABLE, &words(&[0, 1]), &[])?;
     let head = front_end.submit(0, 0, (Kind::Out, 1), &[9; 512])?;
     let vring = front_end.vring(0)?;
     let used = loop {
