@@ -219,9 +219,13 @@ mod tests {
     fn a_worker_sleeps_at_first_and_looks_again_once_that_would_have_paid() {
         let mut idle = Idle::new(PollMode::Adaptive);
         assert!(!idle.looks_again(0));
-        idle.sleeps(0);
-        idle.ends();
-        assert!(idle.looks_again(0), "the wait was short");
+        // Unless the machine was busy with something else meanwhile, the wait is short.
+        let was_short = (0..1000).any(|_| {
+            idle.sleeps(0);
+            idle.ends();
+            idle.is_open(0)
+        });
+        assert!(was_short && idle.looks_again(0));
         assert!(!idle.looks_again(1), "nothing is known of the storage's");
         assert!(gives_up(&mut idle, 0));
         assert!(!idle.is_open(0), "until this wait is over");
