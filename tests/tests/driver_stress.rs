@@ -18,8 +18,8 @@ use vublk_tests::guest::{DaemonSpec, Engine, Scratch, Storage};
 /// Overrides how long each test runs, in seconds.
 const SECONDS: &str = "VUBLK_STRESS_SECONDS";
 
-/// Without any progress for so long, a kick or a call was lost.
-const LIMIT: Duration = Duration::from_secs(10);
+/// Without any progress for so long, a kick or a call was lost, however busy the machine is.
+const LIMIT: Duration = Duration::from_secs(60);
 
 #[test]
 fn no_kick_or_call_is_lost_with_event_idx() {

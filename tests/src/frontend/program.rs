@@ -172,7 +172,8 @@ impl Program {
     pub fn waits_for_lock(&mut self, peer: &Peer) -> Outcome {
         let begun = Instant::now();
         while !self.logged()?.contains("waiting for its lock") {
-            if !peer.is_quiet()? {
+            // It may have waited, said so and been answered since the last look.
+            if !peer.is_quiet()? && !self.logged()?.contains("waiting for its lock") {
                 return Err("it did not wait for the lock".into());
             }
             if begun.elapsed() > PATIENCE {
