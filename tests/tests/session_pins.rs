@@ -208,10 +208,12 @@ fn memory_is_pinned_after_it_came_and_given_back_before_it_goes() -> Outcome {
     front_end.verify(2)?;
     assert!(number(&served, "pinned")? > before, "requests use it");
     let more = high(64 << 20)?;
+    let mut most = 0;
     for round in 0..3 {
+        let before = machine_pins()?.min(machine);
         add(&front_end, &more)?;
         wait_pinned(me(), ram + pages(&more))?;
-        assert!(machine_pins()? - machine >= pages(&more) as i64);
+        most = most.max(machine_pins()? - before);
         until_pinned(&served, &mut front_end, HIGH)?;
         there_and_back(&mut front_end, &more, [HIGH, HIGH + (8 << 20)], 4096)?;
         assert_eq!(count(&served, "pinned_regions")?, "2/2");
@@ -222,6 +224,8 @@ fn memory_is_pinned_after_it_came_and_given_back_before_it_goes() -> Outcome {
         assert_eq!(count(&served, "pinned_regions")?, "1/1");
         front_end.verify(round)?;
     }
+    // Others may give theirs back while ours are counted, but not every time.
+    assert!(most >= pages(&more) as i64 - SLACK, "{most} pins");
     wait_machine_pins(machine, SLACK + ram as i64)?;
     // A whole new table, as front ends send that have no messages for single regions.
     for _ in 0..3 {
@@ -272,6 +276,9 @@ fn requests_over_a_slots_edge_move_the_right_bytes() -> Outcome {
     let more = high((1 << 20) + 3 * PAGE)?;
     add(&front_end, &more)?;
     wait_pinned(me(), pages(&front_end.ram) + pages(&more))?;
+    until_pinned(&served, &mut front_end, HIGH)?;
+    let pinned = number(&served, "pinned")?;
+    let fallbacks = number(&served, "pin_fallbacks")?;
     let slot = 1 << 14;
     let end = HIGH + more.layout().size;
     for (from, len) in [
@@ -288,8 +295,11 @@ fn requests_over_a_slots_edge_move_the_right_bytes() -> Outcome {
         there_and_back(&mut front_end, &more, [from, to + from % slot], len)?;
     }
     front_end.verify(5)?;
-    assert!(number(&served, "pinned")? >= 8);
-    assert!(number(&served, "pin_fallbacks")? >= 6, "those over an edge");
+    assert!(number(&served, "pinned")? >= pinned + 8);
+    assert!(
+        number(&served, "pin_fallbacks")? >= fallbacks + 6,
+        "those over an edge"
+    );
     drop(front_end);
     served.stop()
 }
@@ -544,6 +554,7 @@ fn limited(scratch: &Scratch, bytes: u64) -> Outcome<Program> {
 
 #[test]
 fn a_front_end_whose_memory_may_not_be_locked_is_served() -> Outcome {
+    let _alone = alone();
     let scratch = Scratch::new()?;
     let begun = Instant::now();
     // Enough for the rings, which are charged too since Linux 6.14, and not for the guest.
@@ -574,6 +585,7 @@ fn a_front_end_whose_memory_may_not_be_locked_is_served() -> Outcome {
 
 #[test]
 fn a_daemon_that_may_lock_next_to_nothing_serves() -> Outcome {
+    let _alone = alone();
     let scratch = Scratch::new()?;
     let mut daemon = limited(&scratch, 64 << 10)?;
     let mut front_end = FrontEnd::start(daemon.connect()?, Options::default())?;
