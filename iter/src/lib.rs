@@ -41,7 +41,7 @@ pub use error::IterError;
 pub use extract::{ExtractError, ExtractErrorKind, Held, MemoryNeeds, Stability};
 pub use hold::{Hold, HoldFlags};
 pub use iov::{Cursor, IovIter};
-pub use memory::{Area, MAX_REGIONS, MemoryError, MemoryTable, Region, RegionSpec, sigbus};
+pub use memory::{Area, Line, MAX_REGIONS, MemoryError, MemoryTable, Region, RegionSpec, sigbus};
 pub use pin::PinnedRegion;
 pub use pools::Pools;
 pub use private::PrivateMemory;

@@ -8,6 +8,7 @@
 use vm_memory::{ByteValued, VolatileMemory};
 
 use crate::hold::Hold;
+use crate::memory::Line;
 
 /// A contiguous run of guest memory inside one region of a memory table.
 ///
@@ -39,9 +40,16 @@ impl Segment {
     /// faulted, or if it is not of `hold`'s table.
     #[inline]
     pub fn load<T: ByteValued>(&self, hold: &Hold) -> Option<T> {
+        self.load_from(hold).map(|(value, _)| value)
+    }
+
+    /// As [`load`](Self::load), with the cache line of the first byte.
+    #[inline]
+    pub fn load_from<T: ByteValued>(&self, hold: &Hold) -> Option<(T, Line)> {
         let (memory, region) = hold.view().table().resolve(self)?;
         let value = memory.get_ref::<T>(0).ok()?.load();
-        (memory.len() == size_of::<T>() && !region.poisoned()).then_some(value)
+        let line = Line::at(memory.ptr_guard().as_ptr());
+        (memory.len() == size_of::<T>() && !region.poisoned()).then_some((value, line))
     }
 
     /// Bytes, as the iterators count them.

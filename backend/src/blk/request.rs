@@ -7,7 +7,7 @@
 )]
 
 use blockdev::{Access, Caching, Durability, Extent, IoError, Sector};
-use iov_iter::{Data, Dest, DirtyLog, Hold, IovIter, Plain, Source, StatusSlot};
+use iov_iter::{Data, Dest, DirtyLog, Hold, IovIter, Line, Plain, Source, StatusSlot};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
     VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
@@ -251,12 +251,12 @@ fn mark<L: DirtyLog>(room: &Room, slot: &StatusSlot, log: &L) {
 }
 
 impl Header {
-    /// The header of a chain of the common shape, copied out of guest memory; nothing if it has
-    /// another length, or if the memory is gone.
+    /// The header of a chain of the common shape, copied out of guest memory, and the cache line
+    /// it came from; nothing if it has another length, or if the memory is gone.
     #[inline]
-    pub fn of(plain: &Plain, hold: &Hold) -> Option<Header> {
-        let raw = plain.header.load::<u128>(hold)?;
-        Some(Header::parse(u128::from_le(raw)))
+    pub fn of(plain: &Plain, hold: &Hold) -> Option<(Header, Line)> {
+        let (raw, line) = plain.header.load_from::<u128>(hold)?;
+        Some((Header::parse(u128::from_le(raw)), line))
     }
 
     /// `raw` is a little-endian structure: type (32 bits), reserved (32), sector (64).

@@ -233,6 +233,12 @@ impl Started {
         self.layout.has_chains() || self.has_again()
     }
 
+    /// See [`Split::fetch_ahead`].
+    #[inline]
+    pub fn fetch_ahead(&self) {
+        self.layout.fetch_ahead();
+    }
+
     /// Takes the next chain; it is in flight until [`settle`](Self::settle).
     ///
     /// # Errors

@@ -145,12 +145,17 @@ impl Attachment {
             .any(|vring| matches!(vring, Vring::Started(vring) if vring.may_pop()))
     }
 
-    /// Whether a vring that is looked at has chains that could be served now.
+    /// Whether a vring that is looked at has chains that could be served now. If so, what the first
+    /// of them is likely to be made of is on its way from the driver's CPU when they are.
     #[inline]
     pub(super) fn has_news(&self) -> bool {
         let has_chains = |local: &usize| match self.vrings.get(*local) {
-            Some(Vring::Started(vring)) => vring.has_chains(),
-            Some(Vring::Stopped(_) | Vring::Draining(_)) | None => false,
+            Some(Vring::Started(vring)) if vring.has_chains() => {
+                vring.fetch_ahead();
+                self.path.fetch_ahead(*local);
+                true
+            }
+            Some(Vring::Started(_) | Vring::Stopped(_) | Vring::Draining(_)) | None => false,
         };
         self.path.parked.is_empty() && self.awake.iter().any(has_chains)
     }

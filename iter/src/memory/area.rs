@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64};
 use vm_memory::{ByteValued, VolatileMemory, VolatileSlice};
 
 use super::error::MemoryError;
+use super::line::Line;
 use super::region::{Region, RegionSpec};
 
 /// A resolved, checked part of one region that keeps its region mapped: what each of a vring's
@@ -168,6 +169,12 @@ impl Area {
             .get_ref(offset)
             .ok()
             .map(|field| field.store(value))
+    }
+
+    /// The cache line at `offset` bytes; of one outside nothing comes.
+    #[inline]
+    pub fn line(&self, offset: usize) -> Line {
+        Line::at(self.start.as_ptr().wrapping_add(offset))
     }
 
     pub(crate) fn is_aligned(&self, align: usize) -> bool {

@@ -6,7 +6,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::sync::Arc;
 
-use iov_iter::{Dest, ExtractErrorKind, IovIter, MemoryNeeds, MemoryTable, Source, sigbus};
+use iov_iter::{Dest, ExtractErrorKind, IovIter, Line, MemoryNeeds, MemoryTable, Source, sigbus};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::guest::{Guest, memfd, spec};
@@ -68,6 +68,22 @@ fn a_copy_stops_at_the_region_that_faulted() {
     assert_eq!((&bytes[..4], source.count()), (&b"good"[..], 4));
     let poisoned: Vec<_> = guest.table.regions().iter().map(|r| r.poisoned()).collect();
     assert_eq!(poisoned, [false, true]);
+}
+
+/// A fault would show, or end the process.
+#[test]
+fn cache_lines_of_memory_that_goes_away_are_fetched_without_a_fault() {
+    let guest = Guest::new(&[(0, SIZE)]);
+    let area = guest.table.area(0x1000, 64, 16).unwrap();
+    let lines = [0, 63, 64, 0x10000, usize::MAX].map(|offset| area.line(offset));
+    lines.iter().for_each(|line| line.fetch());
+    guest.file(0).set_len(0).unwrap();
+    lines.iter().for_each(|line| line.fetch());
+    assert!(!guest.table.poisoned());
+    drop(area);
+    drop(guest);
+    lines.iter().for_each(|line| line.fetch());
+    Line::default().fetch();
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use blockdev::Op;
 use iov_iter::{Data, DirtyLog, Held, Hold, IovIter, Plain};
 
-use super::{Path, Step};
+use super::{LINES, Path, Step};
 use crate::blk::{Admitted, Driver, Header, Kind, Request};
 use crate::worker::attachment::Lent;
 
@@ -18,7 +18,11 @@ impl<L: DirtyLog> Path<L> {
         driver: Driver,
         lent: &mut Lent<'_>,
     ) -> Step {
-        let admitted = match (Header::of(&plain, &hold), plain.data) {
+        let header = Header::of(&plain, &hold).map(|(header, line)| {
+            self.headers[local % LINES] = line;
+            header
+        });
+        let admitted = match (header, plain.data) {
             (Some(header), Data::Into(data)) if header.kind == Kind::In => {
                 self.counters.reads.add(1);
                 header.admit_read(data.size(), &self.profile)
