@@ -154,3 +154,39 @@ fn guest_commands_return_their_exact_output_and_status() -> Result<(), GuestErro
     assert_eq!(status["status"], "running");
     guest.kill()
 }
+
+/// What Linux says when TCG lost a virtual CPU's timer, as a shell prints it.
+const LOST_TIMER: &str = "echo kthread timer wakeup didn\\'t happen for 5249 jiffies!";
+
+#[test]
+fn a_boot_that_lost_its_timer_is_tried_twice_more() -> Result<(), GuestError> {
+    let scratch = Scratch::new()?;
+    let options = format!(
+        "console=ttyS0 panic=-1 quiet rdinit=/bin/busybox -- sh -c \"{LOST_TIMER}; sleep 1000\""
+    );
+    // The last -append counts.
+    let builder = Guest::builder().argument("-append").argument(options);
+    let error = builder.boot(&scratch).unwrap_err();
+    assert!(matches!(error, GuestError::LostTimer { .. }), "{error}");
+    let consoles = fs::read_dir(scratch.path()).unwrap().filter(|entry| {
+        let path = entry.as_ref().unwrap().path();
+        path.extension()
+            .is_some_and(|extension| extension == "console")
+    });
+    assert_eq!(consoles.count(), 3);
+    Ok(())
+}
+
+#[test]
+fn a_guest_that_lost_its_timer_comes_back_from_a_reset() -> Result<(), GuestError> {
+    let scratch = Scratch::new()?;
+    let mut guest = Guest::builder().boot(&scratch)?;
+    guest.shell(&format!("{LOST_TIMER} >/dev/console"))?;
+    let error = guest.wait_ready().unwrap_err();
+    assert!(matches!(error, GuestError::LostTimer { .. }), "{error}");
+    // What the console said before is the earlier boot's.
+    guest.reset()?;
+    guest.shell("true")?;
+    guest.reboot()?;
+    guest.power_off()
+}

@@ -70,6 +70,12 @@ pub enum GuestError {
         /// The guest's console, or a program's output.
         context: String,
     },
+    /// A virtual CPU lost its timer during the boot, which is TCG's fault and no disk's.
+    #[error("a virtual CPU lost its timer\n--- console\n{console}")]
+    LostTimer {
+        /// The end of the guest's console.
+        console: String,
+    },
     /// A command ran in the guest and failed.
     #[error("in the guest: {command}\n{output}")]
     Command {

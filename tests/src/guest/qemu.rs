@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::spec::on_off;
+use super::vm::BOOT_RETRIES;
 use super::{Daemon, Guest, GuestError, Images, Scratch};
 
 const ACCELERATOR: &str = "VUBLK_GUEST_ACCEL";
@@ -178,19 +179,24 @@ impl Builder {
         self
     }
 
-    /// Starts QEMU and waits until the agent in the guest is ready.
+    /// Starts QEMU and waits until the agent in the guest is ready; a boot that TCG lost is tried
+    /// again.
     ///
     /// # Errors
-    /// `NoImages`; `Ended` with QEMU's output, `TimedOut` with the guest's console.
+    /// `NoImages`; `Ended` with QEMU's output, `TimedOut` with the guest's console, `LostTimer`.
     pub fn boot(&self, scratch: &Scratch) -> Result<Guest, GuestError> {
-        match self.boot_once(scratch) {
+        let mut booted = self.boot_once(scratch);
+        for _ in 0..BOOT_RETRIES {
             // Said, so that a run shows how often; any other failure is the test's.
-            Err(GuestError::Ended { log, .. }) if log.contains(TCG_ASSERTION) => {
-                eprintln!("QEMU aborted by itself during the boot, which is tried again: {log}");
-                self.boot_once(scratch)
+            match &booted {
+                Err(error) if is_lost_by_tcg(error) => {
+                    eprintln!("TCG lost a boot by itself, which is tried again: {error}");
+                }
+                _ => break,
             }
-            booted => booted,
+            booted = self.boot_once(scratch);
         }
+        booted
     }
 
     fn boot_once(&self, scratch: &Scratch) -> Result<Guest, GuestError> {
@@ -325,6 +331,13 @@ impl Paths {
             log: scratch.file(&format!("{name}.log")),
         }
     }
+}
+
+fn is_lost_by_tcg(error: &GuestError) -> bool {
+    if let GuestError::Ended { log, .. } = error {
+        return log.contains(TCG_ASSERTION);
+    }
+    matches!(error, GuestError::LostTimer { .. })
 }
 
 fn accelerator() -> Result<[&'static str; 4], GuestError> {

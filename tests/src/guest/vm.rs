@@ -6,6 +6,8 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
+
 use super::agent::{Agent, Output, Silence};
 use super::lines::Lines;
 use super::process::{POLL, Process};
@@ -15,6 +17,12 @@ use super::{Builder, GuestError, Qmp};
 /// Limits against a guest that hangs, far above what a loaded machine needs.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
 const COMMAND_LIMIT: Duration = Duration::from_secs(300);
+/// How often the console of a guest that boots is looked at.
+const BOOT_CHECK: Duration = Duration::from_secs(2);
+/// How often a boot that TCG lost is tried again.
+pub(super) const BOOT_RETRIES: u32 = 2;
+/// What Linux says on its console, 21 s later and then for ever, when a virtual CPU lost its timer.
+const LOST_TIMER: &str = "kthread timer wakeup didn't happen for";
 /// How much of the console an error shows, in bytes.
 const CONSOLE_TAIL: usize = 8 << 10;
 
@@ -25,6 +33,8 @@ pub struct Guest {
     agent: Agent,
     paths: Paths,
     boot_id: Option<String>,
+    /// Where the console of the last boot starts, in bytes.
+    boot_start: usize,
 }
 
 impl Guest {
@@ -42,19 +52,17 @@ impl Guest {
             agent,
             paths,
             boot_id: None,
+            boot_start: 0,
         })
     }
 
     /// Waits until the guest has booted, again if it did before.
     ///
     /// # Errors
-    /// `Ended` when QEMU left, `TimedOut` with the console when the agent says nothing.
+    /// `Ended` when QEMU left, `TimedOut` with the console when the agent says nothing, `LostTimer`
+    /// when the console says that it never will.
     pub fn wait_ready(&mut self) -> Result<(), GuestError> {
-        let deadline = Instant::now() + BOOT_LIMIT;
-        let boot_id = self
-            .agent
-            .ready(deadline)
-            .or_else(|silence| self.explain(silence, "the boot", BOOT_LIMIT))?;
+        let boot_id = self.next_boot_id()?;
         if self.boot_id.as_ref() == Some(&boot_id) {
             let what = format!("boot {boot_id} twice");
             return Err(GuestError::Garbled {
@@ -64,6 +72,30 @@ impl Guest {
         }
         self.boot_id = Some(boot_id);
         Ok(())
+    }
+
+    fn next_boot_id(&mut self) -> Result<String, GuestError> {
+        let deadline = Instant::now() + BOOT_LIMIT;
+        loop {
+            let check = deadline.min(Instant::now() + BOOT_CHECK);
+            match self.agent.ready(check) {
+                Ok(boot_id) => return Ok(boot_id),
+                Err(Silence::Late) if Instant::now() < deadline => self.check_timer()?,
+                Err(silence) => return self.explain(silence, "the boot", BOOT_LIMIT),
+            }
+        }
+    }
+
+    /// A `LostTimer` error if the console of this boot says so.
+    fn check_timer(&self) -> Result<(), GuestError> {
+        let console = fs::read(&self.paths.console).unwrap_or_default();
+        let boot = console.get(self.boot_start..).unwrap_or_default();
+        if !says_lost_timer(&String::from_utf8_lossy(boot)) {
+            return Ok(());
+        }
+        Err(GuestError::LostTimer {
+            console: self.console(),
+        })
     }
 
     /// Runs a shell command and returns how it ended, whatever its status.
@@ -119,18 +151,38 @@ impl Guest {
         })
     }
 
-    /// Reboots without an orderly shutdown and waits for the guest to come back. What the guest
-    /// wants to keep, it has to sync before.
+    /// Reboots without an orderly shutdown and waits for the guest to come back; a boot that TCG
+    /// lost is tried again. What the guest wants to keep, it has to sync before.
     ///
     /// # Errors
-    /// As `wait_ready`.
+    /// As `wait_ready`, and as `reset` when a boot was lost.
     pub fn reboot(&mut self) -> Result<(), GuestError> {
+        self.boot_start = self.console_end();
         let sent = self
             .agent
             .send("reboot -f")
             .map(drop)
             .map_err(Silence::from);
         sent.or_else(|silence| self.explain(silence, "reboot -f", COMMAND_LIMIT))?;
+        let mut booted = self.wait_ready();
+        for _ in 0..BOOT_RETRIES {
+            let Err(error @ GuestError::LostTimer { .. }) = &booted else {
+                break;
+            };
+            eprintln!("TCG lost a boot by itself, which is tried again: {error}");
+            booted = self.reset();
+        }
+        booted
+    }
+
+    /// Resets the machine, whatever the guest is doing, and waits for the guest to come back.
+    ///
+    /// # Errors
+    /// As `wait_ready`; `Qmp` when QEMU refuses. Nobody else may be connected to its control
+    /// socket.
+    pub fn reset(&mut self) -> Result<(), GuestError> {
+        self.boot_start = self.console_end();
+        self.qmp()?.execute("system_reset", json!({}))?;
         self.wait_ready()
     }
 
@@ -191,6 +243,12 @@ impl Guest {
         String::from_utf8_lossy(bytes.get(start..).unwrap_or_default()).into_owned()
     }
 
+    /// The console's length, in bytes.
+    fn console_end(&self) -> usize {
+        let length = fs::metadata(&self.paths.console).map_or(0, |metadata| metadata.len());
+        usize::try_from(length).unwrap_or(usize::MAX)
+    }
+
     /// Turns the agent's silence into an error that says what happened to the guest.
     fn explain<T>(
         &mut self,
@@ -238,6 +296,10 @@ impl Drop for Guest {
     }
 }
 
+fn says_lost_timer(console: &str) -> bool {
+    console.contains(LOST_TIMER)
+}
+
 /// Connects to a socket that QEMU makes a moment after it starts.
 fn connect(qemu: &mut Process, path: &Path) -> Result<Lines, GuestError> {
     let deadline = Instant::now() + BOOT_LIMIT;
@@ -253,5 +315,35 @@ fn connect(qemu: &mut Process, path: &Path) -> Result<Lines, GuestError> {
             ));
         }
         thread::sleep(POLL);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_words_on_a_lost_timer_are_recognised() {
+        let console = "\
+            [   22.218101] rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:\n\
+            [   22.219337] rcu: \t1-...!: (46 ticks this GP) idle=2d50/0/0x0 softirq=14/16 fqs=1\n\
+            [   22.221990] rcu: rcu_preempt kthread timer wakeup didn't happen for 5249 jiffies!\n\
+            [   22.221990] rcu: \tPossible timer handling issue on cpu=1 timer-softirq=4\n";
+        assert!(says_lost_timer(console));
+    }
+
+    #[test]
+    fn other_trouble_on_the_console_is_no_lost_timer() {
+        for console in [
+            "",
+            "[   22.218101] rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:\n",
+            "[   22.218101] rcu: INFO: rcu_preempt self-detected stall on CPU\n",
+            "[   22.221990] rcu: rcu_preempt kthread starved for 5250 jiffies! g-1163 f0x0\n",
+            "[    3.000000] watchdog: BUG: soft lockup - CPU#1 stuck for 22s!\n",
+            "[    1.000000] Kernel panic - not syncing: VFS: Unable to mount root fs\n",
+            "[    1.437900] clocksource: timekeeping watchdog on CPU1: Marking clocksource\n",
+        ] {
+            assert!(!says_lost_timer(console), "{console}");
+        }
     }
 }
