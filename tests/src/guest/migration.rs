@@ -15,6 +15,8 @@ const POLL: Duration = Duration::from_millis(50);
 const DOWNTIME_MS: u32 = 10_000;
 /// Bytes a second before that: slow, so that the guest dirties pages between the passes.
 const THROTTLED: u64 = 48 << 20;
+/// So slow that what a guest does by itself in a pass is more than the pass sends.
+const TRICKLE: u64 = 1 << 20;
 const UNTHROTTLED: u64 = 4 << 30;
 
 impl Guest {
@@ -132,6 +134,17 @@ impl Migration {
     pub fn wait_more_passes(&mut self, count: u64) -> Result<(), GuestError> {
         let now = passes(&self.query()?);
         self.wait_passes(now + count)
+    }
+
+    /// Sends so little from now on that the migration does not end, even if only the guest's own
+    /// CPUs change memory.
+    ///
+    /// # Errors
+    /// `Qmp` when QEMU refuses.
+    pub fn slow_down(&mut self) -> Result<(), GuestError> {
+        let limit = json!({ "max-bandwidth": TRICKLE });
+        self.qmp.execute("migrate-set-parameters", limit)?;
+        Ok(())
     }
 
     /// Lets the migration end, ends the source's QEMU and returns the guest at its destination,
