@@ -130,9 +130,10 @@ impl<D: Direction> IovIter<D> {
     /// past it.
     ///
     /// The hold moves in, and what the extraction used is added to it: nothing, or a slot where
-    /// the memory is one vector inside a registered buffer ([`View::set_pins`]), or a bounce
-    /// buffer where a vector's address or length is not as the device needs it, or where the
-    /// data must be stable. Vectors that follow each other in a region become one.
+    /// the memory is one vector inside a registered buffer
+    /// ([`set_pins`](crate::View::set_pins)), or a bounce buffer where a vector's address or
+    /// length is not as the device needs it, or where the data must be stable. Vectors that
+    /// follow each other in a region become one.
     ///
     /// # Errors
     /// As [`ExtractErrorKind`] names them; the hold comes back and the position stays.
