@@ -48,8 +48,6 @@ struct Wait {
     since: Option<Instant>,
     /// Whether it has lasted longer than the window.
     is_over: bool,
-    /// Whether looks go on until the next look at the clock, which is all that can end them.
-    is_spent_looking: bool,
 }
 
 impl Wait {
@@ -59,7 +57,6 @@ impl Wait {
             looks: 0,
             since: None,
             is_over: false,
-            is_spent_looking: false,
         }
     }
 }
@@ -90,25 +87,15 @@ impl Idle {
     /// A look found nothing, with so many requests in flight: whether to look again.
     #[inline]
     pub(super) fn looks_again(&mut self, in_flight: usize) -> bool {
-        match &mut self.wait {
-            Some(wait) if wait.is_spent_looking && wait.in_flight == in_flight => {
-                wait.looks = wait.looks.wrapping_add(1);
-                wait.is_spent_looking = !wait.looks.is_multiple_of(LOOKS);
-                true
-            }
-            Some(_) | None => self.goes_on_looking(in_flight),
-        }
-    }
-
-    #[cold]
-    fn goes_on_looking(&mut self, in_flight: usize) -> bool {
-        if !self.is_open(in_flight) {
+        // Nothing closes a window between two looks at the clock.
+        let is_between =
+            |wait: Wait| !wait.looks.is_multiple_of(LOOKS) && wait.in_flight == in_flight;
+        if !self.wait.is_some_and(is_between) && !self.is_open(in_flight) {
             return false;
         }
         let wait = self.wait.get_or_insert(Wait::new(in_flight));
         wait.looks = wait.looks.wrapping_add(1);
-        wait.is_spent_looking = true;
-        if wait.looks > LOOKS && self.mode == PollMode::Adaptive {
+        if wait.looks.is_multiple_of(LOOKS) && self.mode == PollMode::Adaptive {
             self.look_at_clock(in_flight);
         }
         true
@@ -119,7 +106,6 @@ impl Idle {
         let window = self.window(in_flight).open_for(in_flight);
         if let Some(wait) = &mut self.wait {
             wait.is_over = wait.since.get_or_insert_with(Instant::now).elapsed() >= window;
-            wait.is_spent_looking = !wait.is_over;
         }
     }
 
