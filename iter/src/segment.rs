@@ -36,16 +36,10 @@ impl Segment {
         len: 0,
     };
 
-    /// One copy of the value that the segment is as long as; nothing if it is not, if the memory
-    /// faulted, or if it is not of `hold`'s table.
+    /// One copy of the value that the segment is as long as, and the cache line of its first byte;
+    /// nothing if it is not as long, if the memory faulted, or if it is not of `hold`'s table.
     #[inline]
-    pub fn load<T: ByteValued>(&self, hold: &Hold) -> Option<T> {
-        self.load_from(hold).map(|(value, _)| value)
-    }
-
-    /// As [`load`](Self::load), with the cache line of the first byte.
-    #[inline]
-    pub fn load_from<T: ByteValued>(&self, hold: &Hold) -> Option<(T, Line)> {
+    pub fn load<T: ByteValued>(&self, hold: &Hold) -> Option<(T, Line)> {
         let (memory, region) = hold.view().table().resolve(self)?;
         let value = memory.get_ref::<T>(0).ok()?.load();
         let line = Line::at(memory.ptr_guard().as_ptr());

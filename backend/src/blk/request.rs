@@ -255,7 +255,7 @@ impl Header {
     /// it came from; nothing if it has another length, or if the memory is gone.
     #[inline]
     pub fn of(plain: &Plain, hold: &Hold) -> Option<(Header, Line)> {
-        let (raw, line) = plain.header.load_from::<u128>(hold)?;
+        let (raw, line) = plain.header.load::<u128>(hold)?;
         Some((Header::parse(u128::from_le(raw)), line))
     }
 

@@ -8,7 +8,7 @@ use thiserror::Error;
 use crate::limits::MAX_VRING_SIZE;
 
 /// Bytes of one descriptor (virtio 2.7.5).
-const DESCRIPTOR_BYTES: usize = 16;
+pub(super) const DESCRIPTOR_BYTES: usize = 16;
 /// Bytes of one used element (virtio 2.7.8).
 const USED_ELEMENT_BYTES: usize = 8;
 /// Bytes beside the entries of the avail ring and of the used ring: flags, index and event

@@ -15,6 +15,7 @@ use virtio_bindings::virtio_ring::{
 };
 
 use super::Areas;
+use super::areas::DESCRIPTOR_BYTES;
 use super::notify::{arm, need_event, publish};
 use crate::failpoint::{reached, skips};
 
@@ -24,9 +25,6 @@ const FLAGS: usize = 0;
 const INDEX: usize = 2;
 /// Offset of the first entry in both rings, in bytes.
 const ENTRIES: usize = 4;
-
-/// Bytes of a descriptor (virtio 2.7.5).
-const DESCRIPTOR_BYTES: usize = 16;
 
 /// `VRING_USED_F_NO_NOTIFY` as the flags field holds it.
 const NO_NOTIFY: u16 = 1;
