@@ -292,17 +292,14 @@ impl FrontEnd {
     /// When a page is missing, or one is marked that nobody changed.
     #[track_caller]
     pub fn assert_marked(&self, marked: &[u64], changed: &[u64]) {
-        let of_ring = |page| {
+        let of_ring = |page: &u64| {
             let mut rings = self.vrings.iter().map(Vring::logged_pages);
             rings.any(|ring| ring.contains(page))
         };
-        let missing = changed.iter().filter(|page| !marked.contains(page));
-        let unchanged = marked.iter().filter(|page| !changed.contains(page));
-        let wrong: [Vec<&u64>; 2] = [
-            missing.collect(),
-            unchanged.filter(|page| !of_ring(page)).collect(),
-        ];
-        let [missing, more] = &wrong;
+        let is_missing = |page: &&u64| !marked.contains(page);
+        let is_too_many = |page: &&u64| !changed.contains(page) && !of_ring(page);
+        let missing: Vec<_> = changed.iter().filter(is_missing).collect();
+        let more: Vec<_> = marked.iter().filter(is_too_many).collect();
         assert!(
             missing.is_empty() && more.is_empty(),
             "{marked:?} are marked and {changed:?} were changed: {missing:?} are missing, and \

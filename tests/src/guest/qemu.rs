@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::spec::on_off;
-use super::vm::BOOT_RETRIES;
+use super::vm::try_again;
 use super::{Daemon, Guest, GuestError, Images, Scratch};
 
 const ACCELERATOR: &str = "VUBLK_GUEST_ACCEL";
@@ -189,18 +189,9 @@ impl Builder {
     /// # Errors
     /// `NoImages`; `Ended` with QEMU's output, `TimedOut` with the guest's console, `LostTimer`.
     pub fn boot(&self, scratch: &Scratch) -> Result<Guest, GuestError> {
-        let mut booted = self.boot_once(scratch);
-        for _ in 0..BOOT_RETRIES {
-            // Said, so that a run shows how often; any other failure is the test's.
-            match &booted {
-                Err(error) if is_lost_by_tcg(error) => {
-                    eprintln!("TCG lost a boot by itself, which is tried again: {error}");
-                }
-                _ => break,
-            }
-            booted = self.boot_once(scratch);
-        }
-        booted
+        try_again(self.boot_once(scratch), is_lost_by_tcg, || {
+            self.boot_once(scratch)
+        })
     }
 
     fn boot_once(&self, scratch: &Scratch) -> Result<Guest, GuestError> {

@@ -20,7 +20,7 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(300);
 /// How often the console of a guest that boots is looked at.
 const BOOT_CHECK: Duration = Duration::from_secs(2);
 /// How often a boot that TCG lost is tried again.
-pub(super) const BOOT_RETRIES: u32 = 2;
+const BOOT_RETRIES: u32 = 2;
 /// What Linux says on its console, 21 s later and then for ever, when a virtual CPU lost its timer.
 const LOST_TIMER: &str = "kthread timer wakeup didn't happen for";
 /// How much of the console an error shows, in bytes.
@@ -164,15 +164,8 @@ impl Guest {
             .map(drop)
             .map_err(Silence::from);
         sent.or_else(|silence| self.explain(silence, "reboot -f", COMMAND_LIMIT))?;
-        let mut booted = self.wait_ready();
-        for _ in 0..BOOT_RETRIES {
-            let Err(error @ GuestError::LostTimer { .. }) = &booted else {
-                break;
-            };
-            eprintln!("TCG lost a boot by itself, which is tried again: {error}");
-            booted = self.reset();
-        }
-        booted
+        let is_lost = |error: &GuestError| matches!(error, GuestError::LostTimer { .. });
+        try_again(self.wait_ready(), is_lost, || self.reset())
     }
 
     /// Resets the machine, whatever the guest is doing, and waits for the guest to come back.
@@ -294,6 +287,25 @@ impl Drop for Guest {
             );
         }
     }
+}
+
+/// Boots again as long as TCG lost the boot, up to `BOOT_RETRIES` times.
+pub(super) fn try_again<T>(
+    mut booted: Result<T, GuestError>,
+    is_lost: impl Fn(&GuestError) -> bool,
+    mut boot: impl FnMut() -> Result<T, GuestError>,
+) -> Result<T, GuestError> {
+    for _ in 0..BOOT_RETRIES {
+        match &booted {
+            // Said, so that a run shows how often; any other failure is the test's.
+            Err(error) if is_lost(error) => {
+                eprintln!("TCG lost a boot by itself, which is tried again: {error}");
+            }
+            Ok(_) | Err(_) => break,
+        }
+        booted = boot();
+    }
+    booted
 }
 
 fn says_lost_timer(console: &str) -> bool {
